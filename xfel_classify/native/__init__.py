@@ -1,0 +1,1 @@
+"""Compiled kernels: one C++ file per extension module, built by ``setup.py``."""

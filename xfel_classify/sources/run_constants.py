@@ -1,0 +1,190 @@
+"""Constants of a run from what its source and its configuration state.
+
+Shared by every source: which geometry, which calibration constants, which mask, in which order of
+precedence, and the refusals when something that cannot be guessed is missing.
+"""
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .. import detectors
+from ..core import ConfigurationError, Constants, ConstantsError, Geometry, GeometryError
+
+__all__ = ["HC_EV_A", "FrameKind", "Stated", "frame_kind", "geometry_of", "plausible",
+           "run_constants"]
+
+HC_EV_A = 12398.419843320026
+"""Photon energy times wavelength, eV x Angstrom (CODATA 2018, exact)."""
+
+PHOTON_ENERGY_EV = 9500.0
+"""Assumed when neither the run nor the configuration states a photon energy."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stated:
+    """What the user stated about a run, in the words of the configuration."""
+
+    geometry: str | None = None
+    constants: str | None = None
+    mask: str | None = None
+    distance_m: float | None = None
+    pixel_size_m: float | None = None
+    beam_center_px: tuple[float, float] | None = None
+    edge_width: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameKind:
+    """What the pixels of a run are: detector kind, calibrated or raw, and in which unit."""
+
+    kind: str
+    calibrated: bool
+    unit: str
+
+
+def plausible(value: Any, low: float, high: float) -> bool:
+    """True for a finite number in [low, high]; NaN, infinity, zero and None are "missing"."""
+    if value is None:
+        return False
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return False
+    return math.isfinite(number) and low <= number <= high
+
+
+def frame_kind(kind: str, dtype: np.dtype, *, constants: bool, calibrated: bool | None,
+               unit: str | None) -> FrameKind:
+    """Decide whether frames of ``dtype`` are raw words or calibrated values.
+
+    Stated (``calibrated``) beats everything; floating point is calibrated; integers are raw when
+    there are constants for them.  Signed integers without constants were pedestal-subtracted
+    already (raw words are never negative).  Unsigned integers without constants are used as they
+    are, in ADU, except where a word also holds gain bits: those are refused by
+    :func:`run_constants`.
+    """
+    found = detectors.detector(kind)
+    if calibrated is None:
+        if np.issubdtype(dtype, np.floating):
+            calibrated = True
+        elif constants:
+            calibrated = False
+        else:
+            calibrated = np.issubdtype(dtype, np.signedinteger) or found.gain_bits == "none"
+    if unit is None:
+        floating = np.issubdtype(dtype, np.floating)
+        unit = "keV" if not calibrated or (floating and found.gain_bits != "none") else "ADU"
+    return FrameKind(kind, calibrated, unit)
+
+
+def geometry_of(kind: str, panel_shape: tuple[int, int, int], stated: Stated,
+                text: str | None = None) -> Geometry:
+    """The geometry: stated file, else the run's own ``text``, else assembled, else shipped.
+
+    Raises :class:`GeometryError` saying what to state when none applies.
+    """
+    panels, slow, fast = panel_shape
+    if stated.geometry:
+        path = Path(stated.geometry).expanduser()
+        if not path.is_file():
+            raise GeometryError(f"geometry {stated.geometry!r} is not a file; give the path of a "
+                                "psana .data or CrystFEL .geom file")
+        geometry = detectors.read_geometry(path, panel_shape, kind)
+    elif kind == "assembled":
+        if stated.pixel_size_m is None:
+            raise GeometryError(
+                "already assembled images need their pixel size; state source.pixel_size_m "
+                "(and source.beam_center_px = [fast, slow], source.distance_m)")
+        center = stated.beam_center_px or ((fast - 1) / 2, (slow - 1) / 2)
+        geometry = detectors.assembled_geometry((slow, fast), stated.pixel_size_m,
+                                                beam_center_px=center)
+    elif text:
+        geometry = detectors.read_geometry(text, panel_shape, kind)
+    else:
+        shipped = detectors.detector(kind).geometry
+        if shipped.get(panels) is None:
+            known = ", ".join(str(n) for n in sorted(shipped)) or "no number of"
+            raise GeometryError(
+                f"no geometry is shipped for {panels} panels of {slow} x {fast} pixels of kind "
+                f"{kind!r} (there is one for {known} panels); give --geometry FILE, or "
+                "--detector assembled with source.pixel_size_m and source.beam_center_px")
+        geometry = detectors.default_geometry(detectors.detector(kind), panels)
+    if stated.distance_m is not None:
+        geometry = dataclasses.replace(geometry, distance_m=stated.distance_m)
+    return geometry
+
+
+def run_constants(
+    frames: FrameKind, detector_name: str, panel_shape: tuple[int, int, int], stated: Stated, *,
+    own: Callable[[], Mapping[str, Any]] | None = None, good_PSF: np.ndarray | None = None,
+) -> Constants:
+    """Constants for frames of ``panel_shape``.
+
+    ``own`` returns the constants that come with the run (psana's names and shapes), asked only
+    where the configuration states no constants file.  ``good_PSF`` is the mask stored with the
+    run (True = use).
+
+    Raises :class:`ConstantsError` when raw frames have no pedestals, :class:`GeometryError`,
+    :class:`ConfigurationError` for an unreadable mask.
+    """
+    mapping: Mapping[str, Any] = {}
+    if stated.constants:
+        path = Path(stated.constants).expanduser()
+        if not path.is_file():
+            raise ConstantsError(f"constants {stated.constants!r} is not a file; give an HDF5 file "
+                                 f"with a group {detector_name!r} holding pedestals, pixel_gain, "
+                                 "pixel_rms, pixel_status")
+        mapping = detectors.load_constants(path, detector_name, frames.kind, panel_shape)
+    elif own is not None:
+        mapping = own()
+    text = mapping.get("geometry")
+    geometry = geometry_of(frames.kind, panel_shape, stated, str(text) if text else None)
+    good = _user_mask(stated, panel_shape, good_PSF)
+    if frames.calibrated:
+        good = _with_status(good, mapping, panel_shape)
+        return detectors.uncalibrated_constants(panel_shape, geometry, good_PSF=good,
+                                                unit=frames.unit)
+    if mapping.get("pedestals") is None:
+        raise ConstantsError(
+            f"detector {detector_name!r} delivers raw words and no pedestals were found "
+            f"(found: {', '.join(sorted(mapping)) or 'no constants at all'}); give --constants "
+            "FILE, an HDF5 file as `xfel-classify constants` saves it, or state "
+            "source.calibrated = true if the values are calibrated already")
+    return detectors.make_constants(detectors.detector(frames.kind), panel_shape, mapping, geometry,
+                                    extra_good_PSF=good, unit=frames.unit)
+
+
+def _user_mask(stated: Stated, panel_shape: tuple[int, int, int],
+               good_PSF: np.ndarray | None) -> np.ndarray | None:
+    good = None if good_PSF is None else np.asarray(good_PSF, bool).reshape(panel_shape)
+    if stated.edge_width < 0:
+        raise ConfigurationError(f"source.edge_width = {stated.edge_width} is negative; give the "
+                                 "number of pixels to mask along every panel edge")
+    parts = []
+    if stated.mask:
+        parts.append(detectors.load_mask(stated.mask, panel_shape))
+    if stated.edge_width:
+        parts.append(detectors.edges_mask(panel_shape, stated.edge_width))
+    for part in parts:
+        good = part if good is None else good & part
+    return good
+
+
+def _with_status(good: np.ndarray | None, mapping: Mapping[str, Any],
+                 panel_shape: tuple[int, int, int]) -> np.ndarray | None:
+    """Calibrated frames use no pedestals, but a pixel with a bad status stays bad."""
+    status = mapping.get("pixel_status")
+    if status is None:
+        return good
+    status_GPSF = np.asarray(status)
+    if status_GPSF.size % math.prod(panel_shape):
+        raise ConstantsError(f"pixel_status has shape {status_GPSF.shape}, frames have "
+                             f"{panel_shape}; give constants of this detector")
+    fine = ~np.any(status_GPSF.reshape(-1, *panel_shape) != 0, axis=0)
+    return fine if good is None else good & fine
