@@ -177,7 +177,7 @@ def load(path: str | Path | None, settings: Iterable[str] = ()) -> dict[str, Any
     if path is not None:
         tables = loads(_text(Path(path)), str(path))
     for setting in settings:
-        _apply(tables, setting)
+        apply_setting(tables, setting)
     return tables
 
 
@@ -205,8 +205,11 @@ def _text(path: Path) -> str:
         raise ConfigurationError(f"configuration file {path} cannot be read: {error}") from error
 
 
-def _apply(tables: dict[str, Any], setting: str) -> None:
-    """``source.run=96``, ``peakfinder8.minimum_snr=7`` (a component's name also works)."""
+def apply_setting(tables: dict[str, Any], setting: str) -> None:
+    """Lay ``SECTION.KEY=VALUE`` over the tables, in place.
+
+    ``source.run=96``, ``peakfinder8.minimum_snr=7`` (a component's name is a section).
+    """
     key, equals, text = setting.partition("=")
     path = [part.strip() for part in key.split(".")]
     if not equals or len(path) < 2 or not all(path):

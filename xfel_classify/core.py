@@ -56,7 +56,12 @@ MISSING_INT = -1
 # --- errors -----------------------------------------------------------------------------------
 
 class XfelClassifyError(Exception):
-    """Root of every error this package raises on purpose."""
+    """Root of every error this package raises on purpose.
+
+    ``everywhere`` is True when all ranks of a job know of the failure and end by themselves.
+    """
+
+    everywhere = False
 
 
 class ConfigurationError(XfelClassifyError, ValueError):
@@ -539,7 +544,12 @@ class RunResult:
 
 
 class Sink(Protocol):
-    """Writes one kind of output from the joined rows of a run; called on rank 0."""
+    """Writes one kind of output from the joined rows of a run; called on rank 0.
+
+    Two optional capabilities: ``wants_pixels`` (True when the loop must keep the calibrated
+    pixels of hits for it) and ``check(run, constants, locate)``, called before the first event,
+    which raises :class:`ConfigurationError` when this run cannot be written as configured.
+    """
 
     name: str
 

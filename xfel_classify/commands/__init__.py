@@ -1,1 +1,1 @@
-"""One file per verb of ``xfel-classify`` beyond ``run``: parse, call one function, print."""
+"""One file per verb of the command line."""

@@ -370,18 +370,24 @@ def instruction_set() -> str:
 
 
 def models() -> Iterator[Finding]:
+    """Every model found, its hash, and whether ONNX Runtime gives the answers it should."""
     seen = probe("""
-        import json
-        from xfel_classify.core import ModelError
-        from xfel_classify.engines.cards import find_model, list_models
+        import json, logging
+        from xfel_classify.core import XfelClassifyError
+        from xfel_classify.engines.cards import check_model, survey
+        logging.disable()
         rows = []
-        for listed in list_models():
-            name = getattr(getattr(listed, "card", listed), "name", str(listed))
+        for directory, found in survey():
+            if isinstance(found, XfelClassifyError):
+                rows.append([directory.name, str(found), True])
+                continue
+            label = f"{found.name} {found.version}, sha256 {found.sha256[:12]} as its card says"
             try:
-                model = find_model(name)
-                rows.append([name, model.card.version, model.card.onnx_sha256[:12], ""])
-            except ModelError as error:
-                rows.append([name, "", "", str(error)])
+                report = check_model(found.directory, "onnxruntime")
+                said = str(report).splitlines()[-1].strip()
+                rows.append([label, said, not report.passed])
+            except XfelClassifyError as error:
+                rows.append([label, str(error), True])
         print(json.dumps({"rows": rows}))
     """)
     get = "reinstall the package, or point XFEL_CLASSIFY_MODELS at a folder of models"
@@ -390,11 +396,9 @@ def models() -> Iterator[Finding]:
         return
     if not seen.values["rows"]:
         yield Finding("models", "fault", "none found", get)
-    for name, version, sha256, problem in seen.values["rows"]:
-        if problem:
-            yield Finding("model", "fault", f"{name}: {problem}", get)
-        else:
-            yield Finding("model", "ok", f"{name} {version}, sha256 {sha256} as its card says")
+    for label, said, wrong in seen.values["rows"]:
+        said = re.sub(r"\s+", " ", said)
+        yield Finding("model", "fault" if wrong else "ok", f"{label}: {said}", get if wrong else "")
 
 
 def cache_directory() -> Path:

@@ -130,15 +130,16 @@ class _Object:
 def is_psana_geometry(text: str) -> bool:
     """True when the first line that is no comment has the 13 columns of psana's table."""
     for line in text.splitlines():
-        if line.strip() and not line.lstrip().startswith("#"):
+        if line.strip() and line.lstrip()[0] not in "#;":
             fields = line.split()
-            return len(fields) == 13 and "=" not in line
+            return len(fields) == 13 and fields[1].isdigit() and fields[3].isdigit()
     return False
 
 
 def _parse(text: str) -> tuple[_Object, float]:
     """Root object and the largest distance (um) of a detector from the interaction point."""
-    objects: dict[tuple[str, int], _Object] = {}
+    groups: dict[tuple[str, int], _Object] = {}     # sensors may share their index
+    rows: list[_Object] = []
     distance_um = 0.0
     for number, line in enumerate(text.splitlines(), 1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -159,16 +160,19 @@ def _parse(text: str) -> tuple[_Object, float]:
             distance_um = max(distance_um, -origin[2])
         angles = values[3:6] + values[6:9]      # design + tilt about z, y, x
         rotation = _turn(angles[2], 1, 2) @ _turn(angles[1], 2, 0) @ _turn(angles[0], 0, 1)
-        if name in objects:
-            raise GeometryError(
-                f"every object of a psana geometry has one line; {name[0]} {name[1]} has a second "
-                f"one (line {number}); remove one of them")
-        objects[name] = _Object(name[0], parent, rotation, origin, [])
+        rows.append(_Object(name[0], parent, rotation, origin, []))
+        if _leaf(name[0]) is None:
+            if name in groups:
+                raise GeometryError(
+                    f"every group of a psana geometry has one line; {name[0]} {name[1]} has a "
+                    f"second one (line {number}); remove one of them")
+            groups[name] = rows[-1]
     root: _Object | None = None
-    for key, found in list(objects.items()):
-        if found.parent not in objects:
-            root = objects[found.parent] = _Object(found.parent[0], None, np.eye(3), np.zeros(3), [])
-        objects[found.parent].children.append(objects[key])
+    for row in rows:
+        assert row.parent is not None
+        if row.parent not in groups:
+            root = groups[row.parent] = _Object(row.parent[0], None, np.eye(3), np.zeros(3), [])
+        groups[row.parent].children.append(row)
     if root is None:
         raise GeometryError(
             "a psana geometry was expected; no line places an object in a frame of its own (IP); "
@@ -232,6 +236,7 @@ def read_psana_geometry(text: str, name: str = "") -> Geometry:
     leaves, distance_um = _placed(text)
     lab = np.einsum("ij,jpsf->ipsf", _TO_LAB, _coords_um(leaves)) * UM
     lab[2] -= distance_um * UM
+    x_m, y_m, z_m = lab.astype(np.float32)
     panels = []
     for p, (leaf_name, rotation, origin) in enumerate(leaves):
         leaf = _leaf(leaf_name)
@@ -240,10 +245,10 @@ def read_psana_geometry(text: str, name: str = "") -> Geometry:
     first = _leaf(leaves[0][0])
     assert first is not None
     return Geometry(
-        *(axis.astype(np.float32) for axis in lab),
+        x_m, y_m, z_m,
         pixel_size_m=min(first.pitch_SF_um) * UM,
         panels=tuple(panels),
-        distance_m=distance_um * UM if distance_um > 0 else None,
+        distance_m=round(distance_um * UM, 9) if distance_um > 0 else None,
         name=name,
     )
 

@@ -241,6 +241,7 @@ OPERATORS: dict[str, Callable[[Tensors, Attributes], Any]] = {
     "MaxPool": _max_pool,
     "Mul": lambda t, a: t[0] * t[1],
     "Pow": lambda t, a: t[0] ** t[1],
+    "Reciprocal": lambda t, a: t[0].reciprocal(),
     "ReduceMean": _mean,
     "Relu": lambda t, a: t[0].relu(),
     "Reshape": _reshape,

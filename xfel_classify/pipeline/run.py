@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import shutil
 import signal
@@ -29,6 +28,7 @@ from ..core import (
     Constants,
     EventSource,
     EventStatus,
+    OutputError,
     OutputExists,
     RunInfo,
     Shard,
@@ -37,6 +37,7 @@ from ..core import (
 from .join import done_indices, join_parts, write_outputs
 from .journal import PartWriter, next_generation, output_error, read_parts
 from .loop import EventLoop
+from .manifest import MANIFEST, Manifest, read_manifest
 from .progress import Progress
 from .schedule import SERIAL, World, end_soon
 
@@ -90,6 +91,10 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
         constants = source.constants()
         hits = hit_column(analyses, config)
         wants_pixels = any(getattr(sink, "wants_pixels", False) for sink in sinks)
+        locate = getattr(source, "pixel_location", None)
+        for sink in sinks:
+            if hasattr(sink, "check"):
+                sink.check(run, constants, locate)
         expected = source.expected_events()
         if expected is not None and config.loop.max_events is not None:
             expected = min(expected, config.loop.max_events)
@@ -98,9 +103,11 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
                          photon_energy_eV=config.source.get("photon_energy_eV")
                          or constants.geometry.photon_energy_eV)
         attributes = _attributes(config)
-        fingerprint = _fingerprint(run, config, loop.columns, constants, analyses)
+        manifest = Manifest(run, loop.columns, attributes,
+                            _fingerprint(run, config, loop.columns, constants, analyses),
+                            hits, expected, constants)
         parts_directory = directory / f"{run.exp}_r{run.run:04d}.parts"
-        plan = world.together(lambda: _prepare(directory, parts_directory, fingerprint, mode, run))
+        plan = world.together(lambda: _prepare(directory, parts_directory, manifest, mode))
         if plan is None:
             return _finished_before(directory, run)
         generation, done = plan
@@ -133,24 +140,32 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
         world.barrier()
 
         def join() -> RunSummary:
-            parts = read_parts(parts_directory)
             if interrupted:
-                return RunSummary(directory, events=len(done_indices(parts)), interrupted=True,
+                done = done_indices(read_parts(parts_directory))
+                return RunSummary(directory, events=len(done), interrupted=True,
                                   events_expected=expected, seconds=time.monotonic() - started)
-            result = join_parts(parts, run, loop.columns, attributes, hits=hits,
-                                constants=constants, events_expected=expected,
-                                locate=getattr(source, "pixel_location", None))
-            files = write_outputs(result, sinks, directory)
-            counts = np.bincount(result.rows["status"], minlength=len(EventStatus))
-            summary = RunSummary(
-                directory, tuple(files), len(result), expected, len(result.kept),
-                {status.name: int(counts[status]) for status in EventStatus if counts[status]},
-                seconds=time.monotonic() - started)
-            if summary.complete and not config.loop.keep_parts:
-                shutil.rmtree(parts_directory)
-            return summary
+            return join_run(directory, parts_directory, manifest, sinks, started=started,
+                            locate=locate, keep_parts=config.loop.keep_parts)
 
         return world.together(join)
+
+
+def join_run(directory: Path, parts_directory: Path, manifest: Manifest, sinks: Sequence[Sink], *,
+             keep_parts: bool, started: float | None = None, locate: Any = None) -> RunSummary:
+    """Join the parts of a run and write its outputs; parts of a complete run are removed."""
+    started = time.monotonic() if started is None else started
+    result = join_parts(read_parts(parts_directory), manifest.run, manifest.columns,
+                        manifest.attributes, hits=manifest.hits, constants=manifest.constants,
+                        events_expected=manifest.events_expected, locate=locate)
+    files = write_outputs(result, sinks, directory)
+    counts = np.bincount(result.rows["status"], minlength=len(EventStatus))
+    summary = RunSummary(
+        directory, tuple(files), len(result), manifest.events_expected, len(result.kept),
+        {status.name: int(counts[status]) for status in EventStatus if counts[status]},
+        seconds=time.monotonic() - started)
+    if summary.complete and not keep_parts:
+        shutil.rmtree(parts_directory)
+    return summary
 
 
 class _Recorder:
@@ -230,9 +245,10 @@ def hit_column(analyses: Sequence[Analysis], config: RunConfig) -> str | None:
     return next((name for name in ("hit/label", "peaks/hit") if name in columns), None)
 
 
-def _prepare(directory: Path, parts: Path, fingerprint: dict[str, str], mode: str,
-             run: RunInfo) -> tuple[int, np.ndarray] | None:
+def _prepare(directory: Path, parts: Path, manifest: Manifest,
+             mode: str) -> tuple[int, np.ndarray] | None:
     """Rank 0: make the output ready; (generation, done events), or None when all is done."""
+    run = manifest.run
     summary = directory / f"{run.exp}_r{run.run:04d}.h5"
     if mode == "new" and (summary.exists() or parts.exists()):
         state = "an unfinished" if parts.exists() else "a finished"
@@ -246,15 +262,11 @@ def _prepare(directory: Path, parts: Path, fingerprint: dict[str, str], mode: st
         if mode == "resume" and summary.exists() and not parts.exists():
             return None
         parts.mkdir(parents=True, exist_ok=True)
-        marker = parts / "run.json"
-        if marker.exists():
-            _check_fingerprint(json.loads(marker.read_text()), fingerprint, parts)
-        else:
-            fresh = marker.with_suffix(".tmp")
-            fresh.write_text(json.dumps(fingerprint, indent=1))
-            os.replace(fresh, marker)
+        if (parts / MANIFEST).exists():
+            read_manifest(parts).must_match(manifest, parts)
+        manifest.write(parts)
     except OSError as error:
-        if isinstance(error, OutputExists):
+        if isinstance(error, OutputError):
             raise
         raise output_error(error, directory) from error
     existing = read_parts(parts, verify_pixels=True)
@@ -264,15 +276,6 @@ def _prepare(directory: Path, parts: Path, fingerprint: dict[str, str], mode: st
             for piece in parts.glob(stale.name.removesuffix("journal") + "*"):
                 piece.unlink()
     return next_generation(parts), done_indices(existing)
-
-
-def _check_fingerprint(found: Mapping[str, str], wanted: Mapping[str, str], parts: Path) -> None:
-    different = [key for key in wanted if found.get(key) != wanted[key]]
-    if different:
-        raise OutputExists(
-            f"the unfinished run in {parts} was made with other {', '.join(different)}; resume it "
-            "with the configuration it was started with, or start again with --overwrite"
-        )
 
 
 def _fingerprint(run: RunInfo, config: RunConfig, columns: Mapping[str, Any],

@@ -29,7 +29,13 @@ _CLAIMED, _DONE, _HITS, _STOP = range(4)
 
 
 class FailedElsewhere(XfelClassifyError):
-    """Rank 0 failed and has said why; this rank ends with the same exit code, silently."""
+    """Rank 0 failed with ``cause`` and says why; this rank ends with the same code, silently."""
+
+    everywhere = True
+
+    def __init__(self, cause: XfelClassifyError) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
 
 
 class World:
@@ -137,11 +143,12 @@ class MPIWorld(World):
             except XfelClassifyError as error:
                 failure = error
         self.barrier()      # a long function leaves the others asleep, not spinning in a broadcast
-        result, text = self._comm.bcast((result, failure and str(failure)), root=0)
+        result, known = self._comm.bcast((result, failure), root=0)
         if failure is not None:
+            failure.everywhere = True
             raise failure
-        if text is not None:
-            raise FailedElsewhere(text)
+        if known is not None:
+            raise FailedElsewhere(known)
         return result
 
     def allgather(self, value: T) -> list[T]:
@@ -165,6 +172,11 @@ SERIAL = World()
 """The world of a single process."""
 
 _world: World | None = None
+
+
+def current() -> World:
+    """The world if it was asked for already, else that of one process; never starts MPI."""
+    return _world or SERIAL
 
 
 def world() -> World:

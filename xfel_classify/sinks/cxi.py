@@ -25,7 +25,15 @@ import h5py
 import msgspec
 import numpy as np
 
-from ..core import Column, OutputError, OutputFull, RunResult
+from ..core import (
+    Column,
+    ConfigurationError,
+    Constants,
+    OutputError,
+    OutputFull,
+    RunInfo,
+    RunResult,
+)
 from .staging import (
     column_attributes,
     filled_column,
@@ -52,6 +60,7 @@ PEAKS = {
     "peakRadius": ("radius_px", "pixel", "distance from the beam"),
 }
 
+Locate = Callable[[int], tuple[str, str, int]]
 HIT, HIT_PEAKS = "experiment_identifier", "experiment_identifier:peaks"
 
 
@@ -69,6 +78,21 @@ class Sink:
 
     def __init__(self, config: Config | None = None) -> None:
         self.config = config or self.Config()
+
+    @property
+    def wants_pixels(self) -> bool:
+        """Whether the loop must keep the calibrated pixels of hits for this sink."""
+        return not self.config.link
+
+    def check(self, run: RunInfo, constants: Constants, locate: Locate | None) -> None:
+        """Before the first event: can links work?  Raises :class:`ConfigurationError` if not."""
+        if self.config.link:
+            place = [locate(0)] if locate is not None else []
+            problem = _link_problem(constants, place, Stack(*run.panel_shape))
+            if problem:
+                raise ConfigurationError(
+                    f"the CXI file of {run.exp} run {run.run} was to refer to the pixels of the "
+                    f"source, but {problem}; leave out --cxi-link (cxi.link) to copy the hits")
 
     def write(self, result: RunResult, directory: Path) -> list[str]:
         """Write ``{stem}.cxi.tmp``; returns the final name.
@@ -100,18 +124,11 @@ class Sink:
         self, result: RunResult, rows: np.ndarray, stack: Stack
     ) -> list[SourceFrames] | None:
         """Where the source holds the frames; None (and a warning) when copies are needed."""
-        if result.constants is None or not result.constants.calibrated:
-            reason = "the source holds raw, not calibrated frames"
-        elif result.locate is None:
-            reason = "the source is not a file that HDF5 can refer to"
-        else:
-            places = [result.locate(int(row)) for row in rows]
-            try:
-                return _merge(places, stack)
-            except (OSError, KeyError, ValueError) as error:
-                reason = f"a frame of the source cannot be referred to: {error}"
-        log.warning("CXI pixels are copied although links were asked for: %s", reason)
-        return None
+        places = [result.locate(int(row)) for row in rows] if result.locate else []
+        problem = _link_problem(result.constants, places, stack) if len(rows) else ""
+        if problem:
+            log.warning("CXI pixels are copied although links were asked for: %s", problem)
+        return None if problem else _merge(places, stack)
 
     def _write_frames(
         self, file: h5py.File, result: RunResult, rows: np.ndarray, stack: Stack,
@@ -158,8 +175,8 @@ class Sink:
         names = [f"{result.stem}_{stamp}" for stamp in stamps]
         width = max([1, *(len(name.encode()) for name in names)])
         file.create_dataset(
-            "entry_1/experiment_identifier", data=np.array([n.encode() for n in names], f"S{width}"),
-            dtype=h5py.string_dtype("utf-8", width))
+            "entry_1/experiment_identifier",
+            data=np.array([n.encode() for n in names], h5py.string_dtype("utf-8", width)))
         set_attributes(file["entry_1/experiment_identifier"], {
             "axes": HIT, "units": "", "doc": "experiment, run and 64-bit time stamp of the hit"})
         write_array(file, "entry_1/experimental_identifier", _indices(result, rows), axes=HIT,
@@ -201,6 +218,20 @@ class SourceFrames:
     first: int
     count: int
     shape: tuple[int, ...]
+
+
+def _link_problem(
+    constants: Constants | None, places: Sequence[tuple[str, str, int]], stack: Stack
+) -> str:
+    if constants is None or not constants.calibrated:
+        return "the source holds raw frames, which CrystFEL cannot use"
+    if not places:
+        return "the source is not a file that HDF5 can refer to"
+    try:
+        _merge(places, stack)
+    except (OSError, KeyError, ValueError) as error:
+        return f"a frame of it cannot be referred to ({error})"
+    return ""
 
 
 def _merge(places: Sequence[tuple[str, str, int]], stack: Stack) -> list[SourceFrames]:

@@ -185,9 +185,9 @@ def root_attributes(result: RunResult) -> dict[str, Any]:
         "notes": list(run.notes),
     }
     if constants is not None:
-        found |= {"constants_identity": constants.identity, "constants_unit": constants.unit,
+        found |= {"constants_identity": constants.identity, "calibrated_unit": constants.unit,
                   "geometry": constants.geometry.name}
-    found |= {f"provenance_{key}": str(value) for key, value in run.provenance.items()}
+    found |= {f"source_{key}": str(value) for key, value in run.provenance.items()}
     found |= {key: _attribute(value) for key, value in result.attributes.items()}
     if found.get("events_expected", 0) is None:
         found["events_expected"] = -1

@@ -14,21 +14,28 @@ from typing import Any
 import numpy as np
 
 from .. import detectors
-from ..core import ConfigurationError, Constants, ConstantsError, Geometry, GeometryError
+from ..core import (
+    Column,
+    ConfigurationError,
+    Constants,
+    ConstantsError,
+    Geometry,
+    GeometryError,
+)
 
-__all__ = ["HC_EV_A", "FrameKind", "Stated", "frame_kind", "geometry_of", "plausible",
-           "run_constants"]
+__all__ = ["HC_EV_A", "FrameKind", "Stated", "frame_kind", "geometry_of",
+           "plausible", "run_constants", "scalar_columns"]
 
 HC_EV_A = 12398.419843320026
 """Photon energy times wavelength, eV x Angstrom (CODATA 2018, exact)."""
 
-PHOTON_ENERGY_EV = 9500.0
-"""Assumed when neither the run nor the configuration states a photon energy."""
-
 
 @dataclasses.dataclass(frozen=True)
 class Stated:
-    """What the user stated about a run, in the words of the configuration."""
+    """What the user stated about a run, in the words of the configuration.
+
+    ``beam_center_px`` is (fast, slow) from the outer corner of the first pixel.
+    """
 
     geometry: str | None = None
     constants: str | None = None
@@ -37,6 +44,7 @@ class Stated:
     pixel_size_m: float | None = None
     beam_center_px: tuple[float, float] | None = None
     edge_width: int = 0
+    gain_mode: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +109,8 @@ def geometry_of(kind: str, panel_shape: tuple[int, int, int], stated: Stated,
             raise GeometryError(
                 "already assembled images need their pixel size; state source.pixel_size_m "
                 "(and source.beam_center_px = [fast, slow], source.distance_m)")
-        center = stated.beam_center_px or ((fast - 1) / 2, (slow - 1) / 2)
         geometry = detectors.assembled_geometry((slow, fast), stated.pixel_size_m,
-                                                beam_center_px=center)
+                                                beam_center_px=stated.beam_center_px)
     elif text:
         geometry = detectors.read_geometry(text, panel_shape, kind)
     else:
@@ -123,12 +130,14 @@ def geometry_of(kind: str, panel_shape: tuple[int, int, int], stated: Stated,
 def run_constants(
     frames: FrameKind, detector_name: str, panel_shape: tuple[int, int, int], stated: Stated, *,
     own: Callable[[], Mapping[str, Any]] | None = None, good_PSF: np.ndarray | None = None,
+    control_PSF: np.ndarray | None = None,
 ) -> Constants:
     """Constants for frames of ``panel_shape``.
 
     ``own`` returns the constants that come with the run (psana's names and shapes), asked only
     where the configuration states no constants file.  ``good_PSF`` is the mask stored with the
-    run (True = use).
+    run (True = use).  ``control_PSF`` are the gain control bits of an ePix10ka as the run states
+    them, used where the configuration names no gain mode.
 
     Raises :class:`ConstantsError` when raw frames have no pedestals, :class:`GeometryError`,
     :class:`ConfigurationError` for an unreadable mask.
@@ -145,7 +154,7 @@ def run_constants(
         mapping = own()
     text = mapping.get("geometry")
     geometry = geometry_of(frames.kind, panel_shape, stated, str(text) if text else None)
-    good = _user_mask(stated, panel_shape, good_PSF)
+    good = _user_mask(frames, stated, panel_shape, good_PSF)
     if frames.calibrated:
         good = _with_status(good, mapping, panel_shape)
         return detectors.uncalibrated_constants(panel_shape, geometry, good_PSF=good,
@@ -156,24 +165,21 @@ def run_constants(
             f"(found: {', '.join(sorted(mapping)) or 'no constants at all'}); give --constants "
             "FILE, an HDF5 file as `xfel-classify constants` saves it, or state "
             "source.calibrated = true if the values are calibrated already")
-    return detectors.make_constants(detectors.detector(frames.kind), panel_shape, mapping, geometry,
-                                    extra_good_PSF=good, unit=frames.unit)
+    return detectors.make_constants(
+        detectors.detector(frames.kind), panel_shape, mapping, geometry, extra_good_PSF=good,
+        unit=frames.unit, gain_mode=stated.gain_mode or control_PSF)
 
 
-def _user_mask(stated: Stated, panel_shape: tuple[int, int, int],
+def _user_mask(frames: FrameKind, stated: Stated, panel_shape: tuple[int, int, int],
                good_PSF: np.ndarray | None) -> np.ndarray | None:
-    good = None if good_PSF is None else np.asarray(good_PSF, bool).reshape(panel_shape)
+    own = None if good_PSF is None else np.asarray(good_PSF, bool).reshape(panel_shape)
     if stated.edge_width < 0:
         raise ConfigurationError(f"source.edge_width = {stated.edge_width} is negative; give the "
-                                 "number of pixels to mask along every panel edge")
-    parts = []
-    if stated.mask:
-        parts.append(detectors.load_mask(stated.mask, panel_shape))
-    if stated.edge_width:
-        parts.append(detectors.edges_mask(panel_shape, stated.edge_width))
-    for part in parts:
-        good = part if good is None else good & part
-    return good
+                                 "number of pixels to mask along every ASIC edge")
+    user = detectors.load_mask(stated.mask, panel_shape, frames.kind) if stated.mask else None
+    edges = detectors.edges(detectors.detector(frames.kind), panel_shape,
+                            stated.edge_width) if stated.edge_width else None
+    return detectors.combine(own, user, edges)
 
 
 def _with_status(good: np.ndarray | None, mapping: Mapping[str, Any],
@@ -188,3 +194,18 @@ def _with_status(good: np.ndarray | None, mapping: Mapping[str, Any],
                              f"{panel_shape}; give constants of this detector")
     fine = ~np.any(status_GPSF.reshape(-1, *panel_shape) != 0, axis=0)
     return fine if good is None else good & fine
+
+
+def scalar_columns() -> dict[str, Column]:
+    """Names that may occur in ``Frame.scalars`` of any source, with unit and meaning.
+
+    An event without a believable photon energy has none: the loop then assumes one and flags it.
+    """
+    return {
+        "photon_energy_eV": Column("float64", unit="eV", doc="photon energy of the event"),
+        "pulse_energy_mJ": Column("float64", unit="mJ",
+                                  doc="pulse energy (mean of the gas detectors f_11 and f_12, or "
+                                      "gmd, or what the file states)"),
+        "distance_m": Column("float64", unit="m", doc="sample to detector distance"),
+        "step_value": Column("float64", doc="value of the scan variable"),
+    }

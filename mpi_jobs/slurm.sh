@@ -1,0 +1,21 @@
+#!/bin/bash
+# One run on one node; submit the same line again and it does only what is missing.
+#   sbatch --account=ACCOUNT --partition=PARTITION mpi_jobs/slurm.sh 95 --exp mfxl1033223 -o OUT
+# Anything after the script's name goes to "xfel-classify run". More ranks: sbatch --ntasks=120.
+#SBATCH --job-name=xfel-classify
+#SBATCH --nodes=1
+#SBATCH --ntasks=64
+#SBATCH --cpus-per-task=1
+#SBATCH --time=02:00:00
+#SBATCH --output=xfel-classify-%j.log
+# two minutes before the time limit: flush and end with 130, so that --resume can continue
+#SBATCH --signal=B:TERM@120
+set -euo pipefail
+export OMP_NUM_THREADS=1
+export OMPI_MCA_odls_base_sigkill_timeout=60
+case " $* " in
+    *" --resume "* | *" --overwrite "* | *" --dry-run "*) ;;
+    *) set -- "$@" --resume ;;
+esac
+# exec: the batch shell becomes mpirun, which hands the signal on to the ranks
+exec mpirun -n "${SLURM_NTASKS:-64}" xfel-classify run "$@"

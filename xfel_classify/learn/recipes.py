@@ -1,0 +1,171 @@
+"""Recipes: everything that decides a trained model, in one TOML file.
+
+A recipe and the package give the same weights again (same torch, one thread).  Splits draw their
+runs from seeds of their own, so that no run, crystal or event is in two of them.
+"""
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..config import struct
+from ..core import ConfigurationError, ModelInvalid, Window
+from ..engines.cards import Task, card_from_table
+
+__all__ = ["Augment", "Data", "Optimiser", "Recipe", "RunKey", "Split", "read_recipe"]
+
+
+class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Simulated runs of one condition: ``runs`` runs of ``events`` events each."""
+
+    preset: str
+    seed: int
+    runs: int
+    events: int
+
+
+class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where images come from."""
+
+    generator: str = "sfx"          # a function of xfel_classify.learn.datasets.GENERATORS
+    training: list[Split]
+    validation: list[Split]         # chooses the epoch and the threshold
+    test: list[Split] = []          # never looked at while training
+    shifted: list[Split] = []       # conditions outside of the training; reported only
+
+
+class Augment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Random changes of training images; each image has its own."""
+
+    flips: bool = True              # left-right and up-down, each with probability 1/2
+    rotations: bool = True          # by 0, 90, 180 or 270 degrees
+    intensity: float = 0.0          # sigma of the logarithm of a common factor
+
+
+class Optimiser(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How weights move.  The defaults are the paper's."""
+
+    kind: str = "sgd"               # sgd or adam
+    learning_rate: float = 0.002
+    schedule: str = "decay"         # decay: lr / (1 + decay t); cosine: warm-up, then to zero
+    decay: float = 1e-4             # per minibatch
+    warmup: int = 0                 # minibatches
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    batch: int = 100
+    epochs: int = 30
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the threshold is chosen for, on the worst validation run."""
+
+    sensitivity: float = 0.98
+    specificity: float = 0.97
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One trained model: network, images, optimiser and the words of its card."""
+
+    name: str
+    version: str
+    architecture: str
+    summary: str = ""
+    licence: str = "BSD-3-Clause"
+    seed: int = 0                   # initial weights, order, augmentation, dropout
+    network: dict[str, Any] = {}    # options of the architecture
+    task: Task
+    window: Window = Window()
+    detectors: list[str] = []
+    photon_energy_eV: list[float] = []
+    data: Data
+    augment: Augment = Augment()
+    optimiser: Optimiser = Optimiser()
+    target: Target = Target()
+    tolerance: dict[str, float] = {}
+    sha256: str = ""                # of the file, filled in by read_recipe
+
+
+@dataclass(frozen=True)
+class RunKey:
+    """One simulated run: with the package's simulator it is fully determined by this."""
+
+    generator: str
+    preset: str
+    seed: int
+    run: int
+    events: int
+
+    @property
+    def stem(self) -> str:
+        """File name of its cached images."""
+        return f"{self.generator}_{self.preset}_s{self.seed}_r{self.run:04d}_n{self.events}"
+
+
+def runs_of(recipe: Recipe, split: str) -> list[RunKey]:
+    """Runs of "training", "validation", "test" or "shifted", numbered from 0 in each seed."""
+    return [RunKey(recipe.data.generator, part.preset, part.seed, run, part.events)
+            for part in getattr(recipe.data, split) for run in range(part.runs)]
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """A checked recipe; ``ConfigurationError`` names a wrong key and the valid ones."""
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+        table = tomllib.loads(content.decode("utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigurationError(f"recipe {path} cannot be read: {error}; give a TOML file such "
+                                 "as engines/sfx-hit/recipe.toml") from error
+    recipe = _recipe(table, f"recipe {path}")
+    return msgspec.structs.replace(recipe, sha256=hashlib.sha256(content).hexdigest())
+
+
+def _recipe(table: Mapping[str, Any], where: str) -> Recipe:
+    parts = dict(table)
+    sections: dict[str, Any] = {"augment": Augment, "optimiser": Optimiser, "target": Target}
+    for name, cls in sections.items():
+        if name in parts:
+            parts[name] = struct(cls, parts[name], f"{where}: [{name}]")
+    if "data" in parts:
+        data = dict(parts["data"])
+        for name in ("training", "validation", "test", "shifted"):
+            data[name] = [struct(Split, split, f"{where}: [[data.{name}]]")
+                          for split in data.get(name, [])]
+        parts["data"] = struct(Data, data, f"{where}: [data]")
+    # task and window are the card's own sections: checked by the card's reader
+    try:
+        card = card_from_table({"name": "", "version": "", "onnx_sha256": "",
+                                "tasks": [table.get("task", {})],
+                                "window": table.get("window", {})}, where)
+    except ModelInvalid as error:
+        raise ConfigurationError(str(error)) from error
+    parts["task"], parts["window"] = card.tasks[0], card.window
+    recipe = struct(Recipe, parts, where)
+    if recipe.optimiser.kind not in ("sgd", "adam"):
+        raise ConfigurationError(f"{where}: optimiser kind {recipe.optimiser.kind!r}; valid are "
+                                 "sgd, adam")
+    if recipe.optimiser.schedule not in ("decay", "cosine"):
+        raise ConfigurationError(f"{where}: schedule {recipe.optimiser.schedule!r}; valid are "
+                                 "decay, cosine")
+    if not recipe.data.training or not recipe.data.validation:
+        raise ConfigurationError(f"{where}: [[data.training]] and [[data.validation]] are both "
+                                 "needed; add the one that is missing")
+    owners: dict[int, str] = {}
+    for name in ("training", "validation", "test", "shifted"):
+        for split in getattr(recipe.data, name):
+            if owners.setdefault(split.seed, name) != name:
+                raise ConfigurationError(f"{where}: seed {split.seed} is used by both "
+                                         f"{owners[split.seed]} and {name}; splits never share "
+                                         "a seed, choose another")
+    keys = [key for name in ("training", "validation", "test", "shifted")
+            for key in runs_of(recipe, name)]
+    if len({(key.preset, key.seed, key.run) for key in keys}) != len(keys):
+        raise ConfigurationError(f"{where}: two parts of one split have the same preset and seed; "
+                                 "choose different seeds")
+    return recipe

@@ -1,0 +1,378 @@
+// Calibration of raw frames: whole frames, windows, and max-pooled windows, each in one pass.
+//
+// Arithmetic is float32 in the order ((value - pedestal) * factor) * scale, without fused
+// multiply-add, so that every variant gives the bits of the numpy reference and of psana.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <cfloat>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+#include "variants.h"
+
+namespace py = pybind11;
+
+namespace {
+
+constexpr int kGroup = 32;          // pixels looked at together for gain switching
+constexpr int kBlock = 1024;        // window pixels gathered at a time
+constexpr float kBarred = -std::numeric_limits<float>::infinity();
+
+enum Bits { none = 0, top2 = 1, bit14 = 2 };
+
+// Constants of `n` neighbouring pixels; stage g of pixel i is at [g * stride + i].
+struct Tables {
+    const float *pedestal, *factor;             // stage 0: pedestal + offset, 1 / gain or 0
+    const float *pedestals, *gains, *offsets;   // all stages; offsets may be null
+    size_t stride;
+
+    Tables at(size_t i) const {
+        Tables moved = *this;
+        moved.pedestal += i;
+        moved.factor += i;
+        if (pedestals) moved.pedestals += i;
+        if (gains) moved.gains += i;
+        if (offsets) moved.offsets += i;
+        return moved;
+    }
+};
+
+// A pixel that left stage 0; rare, so it divides here instead of keeping 1 / gain of all stages.
+template <int BITS>
+INLINE float switched(uint16_t word, const Tables &t, size_t i) {
+    const int code = BITS == top2 ? word >> 14 : (word >> 14) & 1;
+    if (BITS == top2 && code == 2) return 0.0f;
+    const size_t at = (BITS == top2 && code == 3 ? 2 : 1) * t.stride + i;
+    float pedestal = t.pedestals[at];
+    if (t.offsets) pedestal += t.offsets[at];
+    return (static_cast<float>(word & 0x3fff) - pedestal) * (1.0f / t.gains[at]);
+}
+
+template <int BITS>
+INLINE uint32_t switched_mask(const uint16_t *raw) {
+    constexpr uint16_t bits = BITS == top2 ? 0xc000 : 0x4000;
+#if XC_X86
+    const __m128i want = _mm_set1_epi16(static_cast<short>(bits)), zero = _mm_setzero_si128();
+    const __m128i *p = reinterpret_cast<const __m128i *>(raw);
+    __m128i in0[4];
+    for (int k = 0; k < 4; ++k)
+        in0[k] = _mm_cmpeq_epi16(_mm_and_si128(_mm_loadu_si128(p + k), want), zero);
+    const uint32_t low = _mm_movemask_epi8(_mm_packs_epi16(in0[0], in0[1]));
+    const uint32_t high = _mm_movemask_epi8(_mm_packs_epi16(in0[2], in0[3]));
+    return ~(low | high << 16);
+#else
+    uint32_t found = 0;
+    for (int k = 0; k < kGroup; ++k) found |= static_cast<uint32_t>((raw[k] & bits) != 0) << k;
+    return found;
+#endif
+}
+
+// Stage 0 for everybody; pixels that left it are listed, their constants fetched ahead, and done
+// again afterwards, so that their cache misses overlap instead of stalling one by one.
+template <int BITS>
+INLINE void block_of_words(const uint16_t *raw, const Tables &t, size_t n, float *out) {
+    constexpr int mask = BITS == none ? 0xffff : 0x3fff;
+    uint16_t again[kBlock];
+    int n_again = 0;
+    size_t i = 0;
+    for (; i + kGroup <= n; i += kGroup) {
+        for (int k = 0; k < kGroup; ++k)
+            out[i + k] = (static_cast<float>(raw[i + k] & mask) - t.pedestal[i + k]) *
+                         t.factor[i + k];
+        if (BITS == none) continue;
+        for (uint32_t left = switched_mask<BITS>(raw + i); left; left &= left - 1) {
+            const size_t j = i + __builtin_ctz(left);
+            const size_t at = (BITS == top2 && raw[j] >> 15 ? 2 : 1) * t.stride + j;
+            __builtin_prefetch(t.pedestals + at);
+            __builtin_prefetch(t.gains + at);
+            again[n_again++] = static_cast<uint16_t>(j);
+        }
+    }
+    for (; i < n; ++i) {
+        out[i] = (static_cast<float>(raw[i] & mask) - t.pedestal[i]) * t.factor[i];
+        if (BITS != none && (raw[i] >> 14 & (BITS == top2 ? 3 : 1)))
+            again[n_again++] = static_cast<uint16_t>(i);
+    }
+    for (int k = 0; k < n_again; ++k) {
+        const size_t j = again[k];
+        if (t.factor[j] != 0.0f && t.pedestal[j] <= FLT_MAX)
+            out[j] = switched<BITS>(raw[j], t, j);
+    }
+}
+
+template <int BITS>
+INLINE void words_body(const uint16_t *raw, const Tables &t, size_t n, float *out) {
+    for (size_t i = 0; i < n; i += kBlock)
+        block_of_words<BITS>(raw + i, t.at(i), std::min<size_t>(kBlock, n - i), out + i);
+}
+
+// One gain, any type.  What is not finite becomes `fill`: 0, or the neutral element of pooling.
+template <class T>
+INLINE void values_body(const T *raw, const Tables &t, size_t n, float *out, float fill) {
+    for (size_t i = 0; i < n; ++i) {
+        const float value = (static_cast<float>(raw[i]) - t.pedestal[i]) * t.factor[i];
+        if (std::is_floating_point<T>::value)
+            out[i] = t.factor[i] != 0.0f ? (std::fabs(value) <= FLT_MAX ? value : fill) : 0.0f;
+        else
+            out[i] = t.factor[i] != 0.0f ? value : 0.0f;
+    }
+}
+
+template <class T>
+INLINE void any_body(const T *raw, const Tables &t, size_t n, float *out, int bits, float fill) {
+    if constexpr (std::is_same<T, uint16_t>::value) {
+        if (bits == top2) return words_body<top2>(raw, t, n, out);
+        if (bits == bit14) return words_body<bit14>(raw, t, n, out);
+        return words_body<none>(raw, t, n, out);
+    } else {
+        values_body<T>(raw, t, n, out, fill);
+    }
+}
+
+enum Normalize { as_is = 0, clip = 1, sqrt_floor = 2 };
+
+INLINE void normalize_body(float *v, size_t n, float scale, int mode, float limit) {
+    if (mode == clip)
+        for (size_t i = 0; i < n; ++i)
+            v[i] = std::min(std::max(v[i] * scale, -limit), limit);
+    else if (mode == sqrt_floor)
+        for (size_t i = 0; i < n; ++i)
+            v[i] = std::floor(std::sqrt(std::min(std::max(v[i] * scale, 0.0f), limit)));
+    else
+        for (size_t i = 0; i < n; ++i) v[i] *= scale;
+}
+
+struct Finish {
+    float scale, limit;
+    int mode;
+};
+
+template <class T>
+INLINE void render_body(const T *raw, const int32_t *index, const Tables &t, size_t n, int bits,
+                        const Finish &finish, float *out) {
+    T gathered[kBlock];
+    for (size_t i = 0; i < n; i += kBlock) {
+        const size_t m = std::min<size_t>(kBlock, n - i);
+        for (size_t k = 0; k < m; ++k) gathered[k] = raw[std::max(index[i + k], 0)];
+        any_body<T>(gathered, t.at(i), m, out + i, bits, 0.0f);
+        normalize_body(out + i, m, finish.scale, finish.mode, finish.limit);
+    }
+}
+
+struct Strips {
+    const int32_t *strips;          // (n, 5) first column, runs, pixels per run, target, step
+    const int64_t *row_strips;
+    const uint8_t *repeats;
+    size_t rows, columns;
+};
+
+template <int LENGTH>
+INLINE void runs_body(const float *from, int runs, int length, float *to, int step) {
+    const int each = LENGTH ? LENGTH : length;
+    for (int r = 0; r < runs; ++r, from += each, to += step) {
+        float most = from[0];
+        for (int k = 1; k < each; ++k) most = std::max(most, from[k]);
+        *to = std::max(*to, most);
+    }
+}
+
+INLINE void row_to_window(const float *row, const Strips &s, size_t r, float *out) {
+    for (int64_t j = s.row_strips[r]; j < s.row_strips[r + 1]; ++j) {
+        const int32_t *strip = s.strips + 5 * j;
+        const float *from = row + strip[0];
+        float *to = out + strip[3];
+        switch (strip[2]) {
+            case 1: runs_body<1>(from, strip[1], 1, to, strip[4]); break;
+            case 2: runs_body<2>(from, strip[1], 2, to, strip[4]); break;
+            case 4: runs_body<4>(from, strip[1], 4, to, strip[4]); break;
+            default: runs_body<0>(from, strip[1], strip[2], to, strip[4]);
+        }
+    }
+}
+
+// Rows that go to the same window pixels are first reduced among themselves, column by column.
+template <class T>
+INLINE void pool_body(const T *raw, const Tables &t, const Strips &s, int bits,
+                      const Finish &finish, float *row, float *most, float *out, size_t n_out) {
+    std::fill(out, out + n_out, kBarred);
+    ptrdiff_t pending = -1;
+    for (size_t r = 0; r < s.rows; ++r) {
+        if (s.row_strips[r] == s.row_strips[r + 1]) continue;
+        const int32_t *last = s.strips + 5 * (s.row_strips[r + 1] - 1);
+        const size_t first = s.strips[5 * s.row_strips[r]];
+        const size_t n = last[0] + last[1] * last[2] - first, at = r * s.columns + first;
+        if (pending >= 0 && s.repeats[r]) {
+            any_body<T>(raw + at, t.at(at), n, row + first, bits, kBarred);
+            for (size_t i = first; i < first + n; ++i) most[i] = std::max(most[i], row[i]);
+        } else {
+            if (pending >= 0) row_to_window(most, s, pending, out);
+            any_body<T>(raw + at, t.at(at), n, most + first, bits, kBarred);
+            pending = r;
+        }
+    }
+    if (pending >= 0) row_to_window(most, s, pending, out);
+    for (size_t i = 0; i < n_out; ++i) out[i] = out[i] > kBarred ? out[i] : 0.0f;
+    normalize_body(out, n_out, finish.scale, finish.mode, finish.limit);
+}
+
+template <class T>
+struct For {
+    KERNEL(calibrate, (const T *raw, const Tables &t, size_t n, float *out, int bits, float fill),
+           (raw, t, n, out, bits, fill))
+    KERNEL(render,
+           (const T *raw, const int32_t *index, const Tables &t, size_t n, int bits,
+            const Finish &finish, float *out),
+           (raw, index, t, n, bits, finish, out))
+    KERNEL(pool,
+           (const T *raw, const Tables &t, const Strips &s, int bits, const Finish &finish,
+            float *row, float *most, float *out, size_t n_out),
+           (raw, t, s, bits, finish, row, most, out, n_out))
+
+   private:
+    static INLINE void calibrate_body(const T *raw, const Tables &t, size_t n, float *out, int bits,
+                                      float fill) {
+        any_body<T>(raw, t, n, out, bits, fill);
+    }
+    template <class... A>
+    static INLINE void render_body(A &&...a) {
+        ::render_body<T>(std::forward<A>(a)...);
+    }
+    template <class... A>
+    static INLINE void pool_body(A &&...a) {
+        ::pool_body<T>(std::forward<A>(a)...);
+    }
+};
+
+// --- Python -----------------------------------------------------------------------------------------
+
+template <class T>
+const T *pointer(const py::object &object, const char *name, size_t at_least) {
+    if (object.is_none()) return nullptr;
+    if (!py::isinstance<py::array>(object))
+        throw py::type_error(std::string(name) + ": not an array");
+    const py::array array = py::reinterpret_borrow<py::array>(object);
+    if (!py::dtype::of<T>().equal(array.dtype()) ||
+        !(array.flags() & py::array::c_style) || static_cast<size_t>(array.size()) < at_least)
+        throw py::value_error(std::string(name) + ": not a contiguous array of the right type and "
+                              "size");
+    return static_cast<const T *>(array.data());
+}
+
+int bits_of(const std::string &name) {
+    if (name == "top2") return top2;
+    if (name == "bit14") return bit14;
+    if (name == "none") return none;
+    throw py::value_error("gain_bits " + name + " is none of none, top2, bit14");
+}
+
+Tables tables_of(const py::object &pedestal, const py::object &factor, const py::object &pedestals,
+                 const py::object &gains, const py::object &offsets, int bits, size_t n) {
+    const size_t stages = bits == top2 ? 3 : bits == bit14 ? 2 : 0;
+    Tables t{pointer<float>(pedestal, "pedestal", n), pointer<float>(factor, "factor", n),
+             pointer<float>(pedestals, "pedestals", stages * n),
+             pointer<float>(gains, "gains", stages * n),
+             pointer<float>(offsets, "offsets", stages * n), n};
+    if (!t.pedestal || !t.factor || (stages && !(t.pedestals && t.gains)))
+        throw py::value_error("constants of a gain stage are missing");
+    return t;
+}
+
+float *writable(const py::array &out, size_t n) {
+    py::object object = out;
+    const float *data = pointer<float>(object, "out", n);
+    if (!out.writeable()) throw py::value_error("out: not writeable");
+    return const_cast<float *>(data);
+}
+
+// Calls visit(pointer) with the frame's pixels as their own type.
+template <class Visit>
+void with_pixels(const py::array &raw, Visit visit) {
+    if (!(raw.flags() & py::array::c_style)) throw py::value_error("raw: not contiguous");
+    const void *data = raw.data();
+    const char kind = raw.dtype().kind();
+    const auto size = raw.dtype().itemsize();
+    if (kind == 'u' && size == 2) return visit(static_cast<const uint16_t *>(data));
+    if (kind == 'u' && size == 1) return visit(static_cast<const uint8_t *>(data));
+    if (kind == 'u' && size == 4) return visit(static_cast<const uint32_t *>(data));
+    if (kind == 'i' && size == 2) return visit(static_cast<const int16_t *>(data));
+    if (kind == 'i' && size == 4) return visit(static_cast<const int32_t *>(data));
+    if (kind == 'f' && size == 4) return visit(static_cast<const float *>(data));
+    if (kind == 'f' && size == 8) return visit(static_cast<const double *>(data));
+    throw py::value_error("raw: no kernel for this type");
+}
+
+template <class P>
+using Pixel = typename std::remove_const<typename std::remove_pointer<P>::type>::type;
+
+void calibrate(const py::array &raw, const py::object &pedestal, const py::object &factor,
+               const py::object &pedestals, const py::object &gains, const py::object &offsets,
+               const std::string &gain_bits, const py::array &out) {
+    const size_t n = raw.size();
+    const int bits = bits_of(gain_bits);
+    const Tables t = tables_of(pedestal, factor, pedestals, gains, offsets, bits, n);
+    float *to = writable(out, n);
+    with_pixels(raw, [&](auto *pixels) {
+        py::gil_scoped_release free;
+        For<Pixel<decltype(pixels)>>::calibrate(pixels, t, n, to, bits, 0.0f);
+    });
+}
+
+void render(const py::array &raw, const py::object &index, const py::object &pedestal,
+            const py::object &factor, const py::object &pedestals, const py::object &gains,
+            const std::string &gain_bits, float scale, int mode, float limit,
+            const py::array &out) {
+    const size_t n = out.size();
+    const int bits = bits_of(gain_bits);
+    const Tables t = tables_of(pedestal, factor, pedestals, gains, py::none(), bits, n);
+    const int32_t *from = pointer<int32_t>(index, "index", n);
+    if (!from) throw py::value_error("index is missing");
+    float *to = writable(out, n);
+    const Finish finish{scale, limit, mode};
+    with_pixels(raw, [&](auto *pixels) {
+        py::gil_scoped_release free;
+        For<Pixel<decltype(pixels)>>::render(pixels, from, t, n, bits, finish, to);
+    });
+}
+
+void pool(const py::array &raw, const py::object &pedestal, const py::object &factor,
+          const py::object &pedestals, const py::object &gains, const py::object &offsets,
+          const std::string &gain_bits, const py::object &strips, const py::object &row_strips,
+          const py::object &repeats, float scale, int mode, float limit, const py::array &out) {
+    if (raw.ndim() < 1) throw py::value_error("raw: no rows");
+    const size_t n = raw.size(), columns = raw.shape(raw.ndim() - 1);
+    const size_t rows = columns ? n / columns : 0;
+    const int bits = bits_of(gain_bits);
+    const Tables t = tables_of(pedestal, factor, pedestals, gains, offsets, bits, n);
+    const Strips s{pointer<int32_t>(strips, "strips", 0),
+                   pointer<int64_t>(row_strips, "row_strips", rows + 1),
+                   pointer<uint8_t>(repeats, "repeats", rows), rows, columns};
+    float *to = writable(out, 0);
+    const size_t n_out = out.size();
+    const Finish finish{scale, limit, mode};
+    std::vector<float> row(columns), most(columns);
+    with_pixels(raw, [&](auto *pixels) {
+        py::gil_scoped_release free;
+        For<Pixel<decltype(pixels)>>::pool(pixels, t, s, bits, finish, row.data(), most.data(), to,
+                                           n_out);
+    });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(calibrate, m) {
+    m.doc() = "Compiled calibration; called through xfel_classify.preprocess.";
+    m.def("calibrate", &calibrate, "raw, pedestal, factor, pedestals, gains, offsets, bits, out");
+    m.def("render", &render,
+          "raw, index, pedestal, factor, pedestals, gains, bits, scale, mode, limit, out");
+    m.def("pool", &pool,
+          "raw, pedestal, factor, pedestals, gains, offsets, bits, strips, row_strips, repeats, "
+          "scale, mode, limit, out");
+    m.def("variants", &variants::available, "instruction sets of this machine");
+    m.def("set_variant", &variants::set_variant, "use this instruction set from now on");
+}
