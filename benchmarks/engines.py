@@ -39,7 +39,7 @@ def measure(name: str, rounds: int) -> list[dict[str, object]]:
     engines = {backend: open_engine(model, backend) for backend in available_backends()}
     cases = [(backend, batch) for backend in engines for batch in BATCHES]
     seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
-    for backend, engine in engines.items():
+    for engine in engines.values():
         engine.infer(images_BHW[:2])                    # warm-up
     for _ in range(rounds):
         for backend, batch in cases:

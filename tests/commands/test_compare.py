@@ -1,4 +1,5 @@
 """``compare`` ignores timings and provenance, and nothing else."""
+import argparse
 import shutil
 
 import h5py
@@ -7,6 +8,7 @@ import pytest
 from mockdata.hand_output import STEM, write_output
 from mockdata.hand_result import hand_result
 
+from xfel_classify.commands import compare as verb
 from xfel_classify.commands.compare import PROVENANCE, compare
 from xfel_classify.core import OutputDamaged, OutputError
 
@@ -117,3 +119,13 @@ def test_truncated_file(two):
     two[1].write_bytes(b"")
     with pytest.raises(OutputDamaged, match="not a whole HDF5"):
         compare(*two)
+
+
+def test_verb(two, capsys):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    args = parser.parse_args([str(path) for path in two])
+    assert verb.execute(args) == 0 and "are equal" in capsys.readouterr().out
+    with h5py.File(two[1], "r+") as file:
+        file["hit/score"][0] = 0.5
+    assert verb.execute(args) == 1 and "/hit/score" in capsys.readouterr().out

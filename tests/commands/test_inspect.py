@@ -1,10 +1,13 @@
 """``inspect`` says in words what a file holds."""
+import argparse
+
 import h5py
 import numpy as np
 import pytest
 from mockdata.hand_output import write_output
 from mockdata.hand_result import empty_result, hand_result
 
+from xfel_classify.commands import inspect as verb
 from xfel_classify.commands.inspect import inspect_file
 from xfel_classify.core import OutputDamaged, OutputError
 
@@ -76,3 +79,10 @@ def test_no_such_file_and_no_hdf5(tmp_path):
     (tmp_path / "half.h5").write_bytes(b"\x89HDF\r\n\x1a\n half")
     with pytest.raises(OutputDamaged, match="--resume"):
         inspect_file(tmp_path / "half.h5")
+
+
+def test_verb(summary, capsys):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    assert verb.execute(parser.parse_args([str(summary)])) == 0
+    assert "summary of a run" in capsys.readouterr().out

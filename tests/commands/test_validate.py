@@ -1,4 +1,5 @@
 """``validate`` accepts a sound output and names every planted defect."""
+import argparse
 import shutil
 
 import h5py
@@ -14,6 +15,7 @@ from mockdata.hand_result import (
     hand_result,
 )
 
+from xfel_classify.commands import validate as verb
 from xfel_classify.commands.validate import validate
 from xfel_classify.core import OutputError
 
@@ -242,3 +244,17 @@ def test_links_into_a_source_that_changed_or_went(tmp_path):
     assert any("cannot be read" in problem for problem in validate(summary))
     source.unlink()
     assert any("not there" in problem for problem in validate(summary.with_suffix(".cxi")))
+
+
+def test_verb(summary, capsys):
+    parser = argparse.ArgumentParser()
+    verb.add_arguments(parser)
+    args = parser.parse_args([str(summary)])
+    assert verb.execute(args) == 0 and "complete and consistent" in capsys.readouterr().out
+    for path in (summary, summary.with_suffix(".cxi")):
+        with h5py.File(path, "r+") as file:
+            file.attrs["complete"] = False
+    assert verb.execute(args) == 3 and "--resume" in capsys.readouterr().out
+    with h5py.File(summary, "r+") as file:
+        file["timestamp"][0] = 2**63 - 1
+    assert verb.execute(args) == 1 and "not sorted" in capsys.readouterr().out

@@ -258,6 +258,7 @@ def test_impossible_links_are_refused_before_the_run(tmp_path, linked):
     assert not sink.wants_pixels and Sink().wants_pixels
     sink.check(result.run, result.constants, result.locate)
     Sink().check(result.run, result.constants, None)
+    sink.check(result.run, result.constants, [].__getitem__)        # a run without events
     raw = hand_constants(pedestals_GPSF=np.zeros((1, *SHAPE)), gain_GPSF=np.ones((1, *SHAPE)))
     for constants, locate in ((raw, result.locate), (result.constants, None),
                               (result.constants, lambda i: (str(source), "/nothing", i)),

@@ -1,6 +1,7 @@
-"""``xfel-classify compare A B``: do two outputs say the same, but for timings and provenance?"""
+"""Compare two outputs, equal but for timings and provenance."""
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,22 @@ PROVENANCE = (
 
 TIMINGS = ("timing",)
 """Groups that hold how long it took."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in ("a", "b"):
+        parser.add_argument(name, metavar=name.upper(), type=Path,
+                            help="a file of a run, or the directory of a run")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """0 equal, 1 different."""
+    differences = compare(args.a, args.b)
+    for difference in differences:
+        print(difference)
+    if not differences:
+        print(f"{args.a} and {args.b} are equal but for timings and provenance")
+    return 1 if differences else 0
 
 
 def compare(a: str | Path, b: str | Path) -> list[str]:

@@ -178,9 +178,11 @@ def compare(truth: Path, summary: Path) -> Score:
     answers = {}
     for name, labels in columns.items():
         positive = labels == 1
-        answers[name] = (fraction(positive, usable & is_hit), fraction(~positive, usable & ~is_hit))
-    return Score(len(true_stamps), len(np.unique(stamps[known])), int((known & (status != 0)).sum()),
-                 int(true_hit.sum()), hits, answers, *_times(timing))
+        answers[name] = (fraction(positive, usable & is_hit),
+                         fraction(~positive, usable & ~is_hit))
+    unusable = int((known & (status != 0)).sum())
+    return Score(len(true_stamps), len(np.unique(stamps[known])), unusable, int(true_hit.sum()),
+                 hits, answers, *_times(timing))
 
 
 def fraction(true: np.ndarray, among: np.ndarray) -> float:

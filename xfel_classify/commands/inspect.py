@@ -1,6 +1,7 @@
-"""``xfel-classify inspect FILE``: what a file of ours (or a directory of them) holds, as text."""
+"""Describe what a summary, CXI or constants file, or a directory of a run, holds."""
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,16 @@ from ..core import OutputDamaged, OutputError
 
 NOT_COLUMNS = ("totals", "timing", "reason")
 """Groups of a summary that hold something else than one value per event."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="FILE", type=Path,
+                        help="a file of a run, a constants file, or the directory of a run")
+
+
+def execute(args: argparse.Namespace) -> int:
+    print(inspect_file(args.path))
+    return 0
 
 
 def inspect_file(path: str | Path) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import datetime
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,6 +68,11 @@ def _share(part: int, whole: int) -> float:
     return part / whole if whole else float("nan")
 
 
+def _worst(shares: Sequence[float]) -> float:
+    known = [share for share in shares if not math.isnan(share)]
+    return min(known, default=float("nan"))
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores of one model on several runs, at one threshold."""
@@ -86,11 +92,13 @@ class Evaluation:
 
     @property
     def worst_sensitivity(self) -> float:
-        return min(run.sensitivity for run in self.runs)
+        """Of the runs that have hits."""
+        return _worst([run.sensitivity for run in self.runs])
 
     @property
     def worst_specificity(self) -> float:
-        return min(run.specificity for run in self.runs)
+        """Of the runs that have misses."""
+        return _worst([run.specificity for run in self.runs])
 
     def __str__(self) -> str:
         return table([*self.runs, self.pooled])

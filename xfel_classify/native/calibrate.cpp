@@ -43,15 +43,20 @@ struct Tables {
     }
 };
 
+// Where the constants of a pixel that left stage 0 are.
+template <int BITS>
+INLINE size_t stage_at(uint16_t word, const Tables &t, size_t i) {
+    return (BITS == top2 && word >> 15 ? 2 * t.stride : t.stride) + i;
+}
+
 // A pixel that left stage 0; rare, so it divides here instead of keeping 1 / gain of all stages.
 template <int BITS>
 INLINE float switched(uint16_t word, const Tables &t, size_t i) {
-    const int code = BITS == top2 ? word >> 14 : (word >> 14) & 1;
-    if (BITS == top2 && code == 2) return 0.0f;
-    const size_t at = (BITS == top2 && code == 3 ? 2 : 1) * t.stride + i;
+    const size_t at = stage_at<BITS>(word, t, i);
     float pedestal = t.pedestals[at];
     if (t.offsets) pedestal += t.offsets[at];
-    return (static_cast<float>(word & 0x3fff) - pedestal) * (1.0f / t.gains[at]);
+    const float value = (static_cast<float>(word & 0x3fff) - pedestal) * (1.0f / t.gains[at]);
+    return BITS == top2 && word >> 14 == 2 ? 0.0f : value;
 }
 
 template <int BITS>
@@ -78,7 +83,8 @@ INLINE uint32_t switched_mask(const uint16_t *raw) {
 template <int BITS>
 INLINE void block_of_words(const uint16_t *raw, const Tables &t, size_t n, float *out) {
     constexpr int mask = BITS == none ? 0xffff : 0x3fff;
-    uint16_t again[kBlock];
+    uint16_t again[kBlock + 4];
+    float values[kBlock];
     int n_again = 0;
     size_t i = 0;
     for (; i + kGroup <= n; i += kGroup) {
@@ -86,13 +92,19 @@ INLINE void block_of_words(const uint16_t *raw, const Tables &t, size_t n, float
             out[i + k] = (static_cast<float>(raw[i + k] & mask) - t.pedestal[i + k]) *
                          t.factor[i + k];
         if (BITS == none) continue;
-        for (uint32_t left = switched_mask<BITS>(raw + i); left; left &= left - 1) {
-            const size_t j = i + __builtin_ctz(left);
-            const size_t at = (BITS == top2 && raw[j] >> 15 ? 2 : 1) * t.stride + j;
-            __builtin_prefetch(t.pedestals + at);
-            __builtin_prefetch(t.gains + at);
-            again[n_again++] = static_cast<uint16_t>(j);
-        }
+        uint32_t left = switched_mask<BITS>(raw + i);
+        if (!left) continue;
+        // How many there are is random: writing four places every time is cheaper than a
+        // mispredicted loop end.
+        int found = 0;
+        do {
+            for (int k = 0; k < 4; ++k, left &= left - 1) {
+                again[n_again + k] = static_cast<uint16_t>(i + __builtin_ctz(left | 1u << 31));
+                found += left != 0;
+            }
+            n_again += found;
+            found = 0;
+        } while (left);
     }
     for (; i < n; ++i) {
         out[i] = (static_cast<float>(raw[i] & mask) - t.pedestal[i]) * t.factor[i];
@@ -100,10 +112,17 @@ INLINE void block_of_words(const uint16_t *raw, const Tables &t, size_t n, float
             again[n_again++] = static_cast<uint16_t>(i);
     }
     for (int k = 0; k < n_again; ++k) {
-        const size_t j = again[k];
-        if (t.factor[j] != 0.0f && t.pedestal[j] <= FLT_MAX)
-            out[j] = switched<BITS>(raw[j], t, j);
+        const size_t at = stage_at<BITS>(raw[again[k]], t, again[k]);
+        __builtin_prefetch(t.pedestals + at);
+        __builtin_prefetch(t.gains + at);
     }
+    for (int k = 0; k < n_again; ++k) {
+        const size_t j = again[k];
+        const bool used = (t.factor[j] != 0.0f) & (t.pedestal[j] <= FLT_MAX);
+        const float value = switched<BITS>(raw[j], t, j);
+        values[k] = used ? value : out[j];
+    }
+    for (int k = 0; k < n_again; ++k) out[again[k]] = values[k];
 }
 
 template <int BITS>

@@ -20,6 +20,7 @@ namespace py = pybind11;
 namespace {
 
 constexpr int kLanes = 16;
+constexpr size_t kAcross = 64;              // columns whose keys are made together
 constexpr int32_t kMasked = INT32_MAX;      // above every finite value
 
 // Order-preserving map of finite floats to int32; -0 and +0 become one key.
@@ -43,20 +44,23 @@ INLINE int32_t masked_key(float value, uint8_t good) {
     return is_good(value, good) ? key_of(value) : kMasked;
 }
 
-typedef int32_t Lanes __attribute__((vector_size(4 * kLanes)));
+template <int WIDTH>
+struct Vector {
+    typedef int32_t type __attribute__((vector_size(4 * WIDTH)));
+};
 
-INLINE Lanes lanes_at(const int32_t *keys) {
-    Lanes v;
-    std::memcpy(&v, keys, sizeof v);
-    return v;
-}
-
-// Medians of kLanes columns of keys (n rows of kLanes).  Comparisons give 0 or -1 per lane.
+// Medians of WIDTH of the kLanes columns of keys (n rows).  Comparisons give 0 or -1 per lane;
+// vectors live in memory only through memcpy, so that no call passes them.
+template <int WIDTH>
 INLINE void lane_medians_body(const int32_t *keys, int n, int minimum, float limit,
                               float *median) {
-    const Lanes sign = Lanes{} + INT32_MIN;
-    Lanes count{}, prefix{}, upto{}, next = Lanes{} + kMasked;
-    for (int i = 0; i < n; ++i) count -= lanes_at(keys + i * kLanes) != kMasked;
+    typedef typename Vector<WIDTH>::type Lanes;
+    const Lanes sign = Lanes{} + INT32_MIN, masked = Lanes{} + kMasked;
+    Lanes count{}, prefix{}, upto{}, next = masked, key, second;
+    for (int i = 0; i < n; ++i) {
+        std::memcpy(&key, keys + i * kLanes, sizeof key);
+        count -= key != masked;
+    }
     const Lanes rank = (count - 1) >> 1;
     for (int bit = 31; bit >= 0; --bit) {
         const Lanes tried = prefix | static_cast<int32_t>(1u << bit);
@@ -64,20 +68,27 @@ INLINE void lane_medians_body(const int32_t *keys, int n, int minimum, float lim
         Lanes below{}, more{};
         int i = 0;
         for (; i + 2 <= n; i += 2) {
-            below -= lanes_at(keys + i * kLanes) < at;
-            more -= lanes_at(keys + (i + 1) * kLanes) < at;
+            std::memcpy(&key, keys + i * kLanes, sizeof key);
+            std::memcpy(&second, keys + (i + 1) * kLanes, sizeof key);
+            below -= key < at;
+            more -= second < at;
         }
-        if (i < n) below -= lanes_at(keys + i * kLanes) < at;
-        prefix = below + more <= rank ? tried : prefix;
+        if (i < n) {
+            std::memcpy(&key, keys + i * kLanes, sizeof key);
+            below -= key < at;
+        }
+        const Lanes keep = below + more <= rank;
+        prefix = (tried & keep) | (prefix & ~keep);
     }
     prefix ^= sign;
     for (int i = 0; i < n; ++i) {
-        const Lanes key = lanes_at(keys + i * kLanes);
+        std::memcpy(&key, keys + i * kLanes, sizeof key);
         upto -= key <= prefix;
-        const Lanes above = key > prefix ? key : kMasked + Lanes{};
-        next = above < next ? above : next;
+        const Lanes above = key > prefix, candidate = (key & above) | (masked & ~above);
+        const Lanes lower = candidate < next;
+        next = (candidate & lower) | (next & ~lower);
     }
-    for (int l = 0; l < kLanes; ++l) {
+    for (int l = 0; l < WIDTH; ++l) {
         median[l] = 0.0f;
         if (count[l] < minimum || count[l] < 1) continue;
         const float low = value_of(prefix[l]);
@@ -88,6 +99,13 @@ INLINE void lane_medians_body(const int32_t *keys, int n, int minimum, float lim
         }
         if (std::fabs(middle) < limit) median[l] = middle;
     }
+}
+
+template <int WIDTH>
+INLINE void all_lane_medians_body(const int32_t *keys, int n, int minimum, float limit,
+                                  float *median) {
+    for (int l = 0; l < kLanes; l += WIDTH)
+        lane_medians_body<WIDTH>(keys + l, n, minimum, limit, median + l);
 }
 
 // Median of one long vector of keys.
@@ -126,7 +144,12 @@ struct Frame {
     int minimum;
     float limit;
     int32_t *keys;                      // scratch
+    float *medians;
 };
+
+INLINE void keys_of(const float *values, const uint8_t *good, size_t n, int32_t *keys) {
+    for (size_t k = 0; k < n; ++k) keys[k] = masked_key(values[k], good[k]);
+}
 
 INLINE void banks_body(const Frame &f) {
     const size_t all = f.panels * f.rows;
@@ -135,8 +158,7 @@ INLINE void banks_body(const Frame &f) {
             size_t n = 0;
             for (size_t s = top; s < top + f.bank_rows; ++s, n += f.bank_columns) {
                 const size_t at = s * f.columns + left;
-                for (size_t k = 0; k < f.bank_columns; ++k)
-                    f.keys[n + k] = masked_key(f.values[at + k], f.good[at + k]);
+                keys_of(f.values + at, f.good + at, f.bank_columns, f.keys + n);
             }
             const float median = long_median_body(f.keys, static_cast<int>(n), f.minimum, f.limit);
             if (median == 0.0f) continue;
@@ -149,56 +171,62 @@ INLINE void banks_body(const Frame &f) {
         }
 }
 
+template <int WIDTH>
 INLINE void columns_body(const Frame &f) {
-    const size_t all = f.panels * f.rows;
-    float median[kLanes];
-    for (size_t top = 0; top < all; top += f.bank_rows)
-        for (size_t left = 0; left < f.columns; left += kLanes) {
-            const int lanes = static_cast<int>(f.columns - left < kLanes ? f.columns - left : kLanes);
-            for (size_t s = 0; s < f.bank_rows; ++s) {
+    const size_t all = f.panels * f.rows, n = f.bank_rows;
+    for (size_t top = 0; top < all; top += n) {
+        for (size_t left = 0; left < f.columns; left += kAcross) {
+            const size_t across = std::min<size_t>(kAcross, f.columns - left);
+            int32_t row[kAcross];
+            std::fill(row, row + kAcross, kMasked);
+            for (size_t s = 0; s < n; ++s) {
                 const size_t at = (top + s) * f.columns + left;
-                int32_t *to = f.keys + s * kLanes;
-                if (lanes == kLanes)
-                    for (int l = 0; l < kLanes; ++l)
-                        to[l] = masked_key(f.values[at + l], f.good[at + l]);
-                else
-                    for (int l = 0; l < kLanes; ++l)
-                        to[l] = l < lanes ? masked_key(f.values[at + l], f.good[at + l]) : kMasked;
+                keys_of(f.values + at, f.good + at, across, row);
+                for (size_t k = 0; k < kAcross / kLanes; ++k)
+                    std::memcpy(f.keys + (k * n + s) * kLanes, row + k * kLanes, 4 * kLanes);
             }
-            lane_medians_body(f.keys, static_cast<int>(f.bank_rows), f.minimum, f.limit, median);
-            for (size_t s = 0; s < f.bank_rows; ++s) {
-                const size_t at = (top + s) * f.columns + left;
-                for (int l = 0; l < lanes; ++l)
-                    if (is_good(f.values[at + l], f.good[at + l])) f.values[at + l] -= median[l];
-            }
+            for (size_t k = 0; k * kLanes < across; ++k)
+                all_lane_medians_body<WIDTH>(f.keys + k * n * kLanes, static_cast<int>(n),
+                                             f.minimum, f.limit, f.medians + left + k * kLanes);
         }
+        for (size_t s = top; s < top + n; ++s) {
+            float *v = f.values + s * f.columns;
+            const uint8_t *good = f.good + s * f.columns;
+            for (size_t k = 0; k < f.columns; ++k)
+                v[k] = is_good(v[k], good[k]) ? v[k] - f.medians[k] : v[k];
+        }
+    }
 }
 
+template <int WIDTH>
 INLINE void rows_body(const Frame &f) {
     const size_t all = f.panels * f.rows, n = f.bank_columns;
-    float median[kLanes];
-    for (size_t left = 0; left < f.columns; left += n)
-        for (size_t top = 0; top < all; top += kLanes) {
-            const int lanes = static_cast<int>(all - top < kLanes ? all - top : kLanes);
-            for (int l = 0; l < kLanes; ++l) {
-                const size_t at = (top + (l < lanes ? l : 0)) * f.columns + left;
-                for (size_t k = 0; k < n; ++k)
-                    f.keys[k * kLanes + l] = masked_key(f.values[at + k], f.good[at + k]);
+    int32_t *rows = f.keys + n * kLanes;
+    for (size_t top = 0; top < all; top += kLanes) {
+        const size_t lanes = std::min<size_t>(kLanes, all - top);
+        for (size_t left = 0; left < f.columns; left += n) {
+            for (size_t l = 0; l < kLanes; ++l) {
+                const size_t at = (top + std::min(l, lanes - 1)) * f.columns + left;
+                keys_of(f.values + at, f.good + at, n, rows + l * n);
             }
-            lane_medians_body(f.keys, static_cast<int>(n), f.minimum, f.limit, median);
-            for (int l = 0; l < lanes; ++l) {
-                if (median[l] == 0.0f) continue;
+            for (size_t k = 0; k < n; ++k)
+                for (size_t l = 0; l < kLanes; ++l) f.keys[k * kLanes + l] = rows[l * n + k];
+            all_lane_medians_body<WIDTH>(f.keys, static_cast<int>(n), f.minimum, f.limit,
+                                         f.medians);
+            for (size_t l = 0; l < lanes; ++l) {
                 const size_t at = (top + l) * f.columns + left;
+                const float median = f.medians[l];
                 for (size_t k = at; k < at + n; ++k)
-                    f.values[k] = is_good(f.values[k], f.good[k]) ? f.values[k] - median[l]
+                    f.values[k] = is_good(f.values[k], f.good[k]) ? f.values[k] - median
                                                                   : f.values[k];
             }
         }
+    }
 }
 
 KERNEL(banks, (const Frame &f), (f))
-KERNEL(columns, (const Frame &f), (f))
-KERNEL(rows, (const Frame &f), (f))
+KERNEL_OF_WIDTH(columns, (const Frame &f), (f))
+KERNEL_OF_WIDTH(rows, (const Frame &f), (f))
 
 void subtract(py::array_t<float, py::array::c_style> values,
               py::array_t<bool, py::array::c_style> good, const std::string &kind,
@@ -207,12 +235,15 @@ void subtract(py::array_t<float, py::array::c_style> values,
         throw py::value_error("values: a writeable (P, S, F) array and its mask are needed");
     Frame f{values.mutable_data(), reinterpret_cast<const uint8_t *>(good.data()),
             static_cast<size_t>(values.shape(0)), static_cast<size_t>(values.shape(1)),
-            static_cast<size_t>(values.shape(2)), bank_rows, bank_columns, minimum, limit, nullptr};
+            static_cast<size_t>(values.shape(2)), bank_rows, bank_columns, minimum, limit, nullptr,
+            nullptr};
     if (!bank_rows || !bank_columns || f.rows % bank_rows || f.columns % bank_columns)
         throw py::value_error("banks do not tile the panel");
-    std::vector<int32_t> keys(std::max({bank_rows * bank_columns, bank_rows * kLanes,
-                                        bank_columns * kLanes}));
+    std::vector<int32_t> keys(std::max({bank_rows * bank_columns, bank_rows * kAcross,
+                                        2 * bank_columns * kLanes}));
+    std::vector<float> medians(f.columns + kAcross);
     f.keys = keys.data();
+    f.medians = medians.data();
     py::gil_scoped_release free;
     if (kind == "banks") banks(f);
     else if (kind == "columns") columns(f);

@@ -376,8 +376,8 @@ private:
         double sigma = 0;
         void tighten(const Moments& m, float centre, const Parameters& parameters) {
             float spread = 0;
-            mean = 0, sigma = 0, low = -kInfinity, high = kInfinity;
-            if (m.n == 0) return;  // nothing was left of the ring: start again from all of it
+            mean = 0, sigma = 0, low = 0, high = kInfinity;
+            if (m.n == 0) return;  // nothing was left of the ring: start again from what is > 0
             {
                 const double shift = m.s / m.n;
                 sigma = std::sqrt(std::max(0.0, m.s2 / m.n - shift * shift));
@@ -678,8 +678,10 @@ private:
         const double sigma = std::sqrt(std::max(0.0, s2 / count - background * background));
         if (!(sigma > 0)) return false;
         peak.total = sum - n * background;
-        peak.snr = peak.total / sigma;
-        if (peak.snr < parameters.minimum_snr) return false;
+        // float32, or a ratio that is exactly minimum_snr (photon counts) may fall below it
+        const float snr = static_cast<float>(peak.total) / static_cast<float>(sigma);
+        if (snr < parameters.minimum_snr) return false;
+        peak.snr = snr;
         peak.panel = top / height_;
         peak.fs = fs + left, peak.ss = ss + top % height_;
         peak.maximum = maximum - background;

@@ -55,14 +55,24 @@ inline void set_variant(const std::string &name) {
 
 }  // namespace variants
 
-#define KERNEL(name, parameters, arguments)                              \
-    static void name##_baseline parameters { name##_body arguments; }    \
-    XC_AVX2 static void name##_avx2 parameters { name##_body arguments; } \
-    XC_AVX512 static void name##_avx512 parameters { name##_body arguments; } \
-    static void name parameters {                                        \
-        switch (variants::current()) {                                   \
-            case variants::avx512: name##_avx512 arguments; return;      \
-            case variants::avx2: name##_avx2 arguments; return;          \
-            default: name##_baseline arguments; return;                  \
-        }                                                                \
+#define XC_CHOOSE(name, parameters, arguments)                       \
+    static void name parameters {                                    \
+        switch (variants::current()) {                               \
+            case variants::avx512: name##_avx512 arguments; return;  \
+            case variants::avx2: name##_avx2 arguments; return;      \
+            default: name##_baseline arguments; return;              \
+        }                                                            \
     }
+
+#define KERNEL(name, parameters, arguments)                                   \
+    static void name##_baseline parameters { name##_body arguments; }         \
+    XC_AVX2 static void name##_avx2 parameters { name##_body arguments; }     \
+    XC_AVX512 static void name##_avx512 parameters { name##_body arguments; } \
+    XC_CHOOSE(name, parameters, arguments)
+
+// The same for a body that is a template of the number of 32-bit lanes of a vector.
+#define KERNEL_OF_WIDTH(name, parameters, arguments)                              \
+    static void name##_baseline parameters { name##_body<4> arguments; }          \
+    XC_AVX2 static void name##_avx2 parameters { name##_body<8> arguments; }      \
+    XC_AVX512 static void name##_avx512 parameters { name##_body<16> arguments; } \
+    XC_CHOOSE(name, parameters, arguments)

@@ -10,7 +10,16 @@ from typing import Any
 
 import numpy as np
 
-from ..core import Column, Constants, EventStatus, RunInfo, RunResult, Sink, Total
+from ..core import (
+    Column,
+    Constants,
+    EventStatus,
+    RunInfo,
+    RunResult,
+    Sink,
+    Total,
+    XfelClassifyError,
+)
 from .journal import KeptPixels, Part, output_error
 
 log = logging.getLogger(__name__)
@@ -117,21 +126,28 @@ def write_outputs(result: RunResult, sinks: Sequence[Sink], directory: Path) -> 
     same name are replaced.
     """
     names: list[str] = []
+    last = f"{result.stem}.h5"
+    renamed = False
     try:
-        for sink in sinks:
+        for sink in sorted(sinks, key=lambda sink: sink.name == "summary"):
+            if sink.name == "summary":
+                result = replace(result, attributes={**result.attributes,
+                                                     "outputs": sorted([*names, last])})
             names += sink.write(result, directory)
         for name in names:
             _fsync_path(directory / f"{name}.tmp")
-        last = f"{result.stem}.h5"
         for name in sorted(names, key=lambda name: name == last):
             os.replace(directory / f"{name}.tmp", directory / name)
         _fsync_path(directory)
+        renamed = True
     except OSError as error:
-        for leftover in directory.glob(f"{result.stem}*.tmp"):
-            leftover.unlink(missing_ok=True)
-        if type(error).__module__.startswith("xfel_classify"):
+        if isinstance(error, XfelClassifyError):
             raise
         raise output_error(error, directory) from error
+    finally:
+        if not renamed:
+            for leftover in directory.glob(f"{result.stem}*.tmp"):
+                leftover.unlink(missing_ok=True)
     return [directory / name for name in sorted(names)]
 
 

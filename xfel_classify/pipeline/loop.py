@@ -90,7 +90,7 @@ def phases(analyses: Sequence[Analysis]) -> list[list[int]]:
     owner = {column: i for i, analysis in enumerate(analyses) for column in analysis.columns}
     waits_for: list[set[int]] = []
     for i, analysis in enumerate(analyses):
-        needed = {*analysis.uses, *([analysis.only] if analysis.only else [])}
+        needed = sorted({*analysis.uses, analysis.only} - {""})
         for column in needed:
             if owner.get(column, i) >= i:
                 known = ", ".join(c for c, o in owner.items() if o < i) or "none"

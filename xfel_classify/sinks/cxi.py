@@ -87,8 +87,11 @@ class Sink:
     def check(self, run: RunInfo, constants: Constants, locate: Locate | None) -> None:
         """Before the first event: can links work?  Raises :class:`ConfigurationError` if not."""
         if self.config.link:
-            place = [locate(0)] if locate is not None else []
-            problem = _link_problem(constants, place, Stack(*run.panel_shape))
+            try:
+                places = [locate(0)] if locate is not None else []
+            except IndexError:
+                return                  # a run without events
+            problem = _link_problem(constants, places, Stack(*run.panel_shape))
             if problem:
                 raise ConfigurationError(
                     f"the CXI file of {run.exp} run {run.run} was to refer to the pixels of the "

@@ -9,7 +9,8 @@ Under MPI every rank must iterate :meth:`Source.frames`, also those that do not 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal
 
@@ -104,7 +105,8 @@ class Source:
             if not path.is_file():
                 raise RunNotFound(f"file {path} does not exist; check the path")
             self._index = index_big_file(path)
-            what, arguments = str(path), {"files": [str(path)]}
+            what = str(path)
+            arguments: dict[str, Any] = {"files": [str(path)]}
         else:
             assert config.run is not None
             directory = xtc_directory(config.exp, config.dir)
@@ -178,15 +180,12 @@ class Source:
             mask_E[shard.todo[shard.todo < len(mask_E)]] = True
             wanted_E &= mask_E
         readable_E = wanted_E & self._index.readable_E
-        if not readable_E.any():
-            events: Iterator[tuple[int, Any]] = iter(())    # an empty filter would mean "all"
-        else:
-            events = self._events(readable_E, shard.stopping)
         reader = None if opened.serves else _Reader(self, opened, shard.panels)
-        if opened.parallel or opened.serves:
-            yield from self._dealt(events, reader, wanted_E & ~readable_E, shard)
-        else:
-            yield from self._claimed(events, reader, shard)
+        with closing(self._events(readable_E, shard.stopping)) as events:
+            if opened.parallel or opened.serves:
+                yield from self._dealt(events, reader, wanted_E & ~readable_E, shard)
+            else:
+                yield from self._claimed(events, reader, shard)
 
     # --- events ---
 
@@ -197,10 +196,10 @@ class Source:
             assert reader is not None
             yield reader.frame(index, event)
         if self._opened is not None and self._opened.last:
-            for index in np.flatnonzero(unreadable_E):
+            for index in np.flatnonzero(unreadable_E).tolist():
                 if shard.stopping():
                     return
-                yield self._lost(int(index))
+                yield self._lost(index)
 
     def _claimed(self, events: Iterator[tuple[int, Any]], reader: _Reader | None,
                  shard: Shard) -> Iterator[Frame]:
@@ -216,12 +215,9 @@ class Source:
                 yield reader.frame(index, event)
             else:
                 yield self._lost(index)
-            if shard.stopping():
-                break
-        # closing psana's generator in mid-run is safe here; without MPI nobody waits for it
 
     def _events(self, readable_E: np.ndarray,
-                stopping: Callable[[], bool]) -> Iterator[tuple[int, Any]]:
+                stopping: Callable[[], bool]) -> Generator[tuple[int, Any], None, None]:
         """(event index, psana event) of the readable events that psana2 gives this rank.
 
         Leaving a loop over psana2's events early makes an MPI job wait for ever, so an
@@ -231,6 +227,8 @@ class Source:
         assert opened is not None
         if self._started:
             raise RuntimeError("a psana2 run can be read only once; open the source again")
+        if not readable_E.any():
+            return                  # to psana2 an empty filter means "all events"
         self._started = True
         index = self._index
         if not readable_E.all() and not opened.serves:

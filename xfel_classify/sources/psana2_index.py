@@ -18,6 +18,7 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -181,15 +182,16 @@ def index_run(smd_files: Sequence[Path]) -> RunIndex:
 
 def index_big_file(path: Path) -> RunIndex:
     """The index of one big-data file that is read by itself."""
-    services, times, at, size, damage, cut = _datagrams(path)
-    event = np.isin(services, (L1ACCEPT, L1ENDOFBATCH))
-    if BEGINRUN not in services:
-        raise RunDamaged(f"{path} does not even hold the beginning of a run ({cut} stray bytes at "
-                         "its end); give a whole .xtc2 file")
-    ends = at[event] + size[event]
+    found = _big_datagrams(path)
+    event = np.isin(found.services, (L1ACCEPT, L1ENDOFBATCH))
+    if BEGINRUN not in found.services:
+        raise RunDamaged(f"{path} does not even hold the beginning of a run ({found.cut_bytes} "
+                         "stray bytes at its end); give a whole .xtc2 file")
+    ends = found.at[event] + found.sizes[event]
     missing = max(0, int(ends.max(initial=0)) - path.stat().st_size)
-    stream = Stream(None, path, times[event], at[event], size[event], damage[event],
-                    ends <= path.stat().st_size, frozenset(services.tolist()), cut, missing)
+    stream = Stream(None, path, found.times[event], found.at[event], found.sizes[event],
+                    found.damage[event], ends <= path.stat().st_size,
+                    frozenset(found.services.tolist()), found.cut_bytes, missing)
     return _union((stream,))
 
 
@@ -237,9 +239,9 @@ def _union(streams: tuple[Stream, ...]) -> RunIndex:
 
 def _index_stream(smd: Path) -> Stream:
     raw = np.fromfile(smd, np.uint8)
-    services, times, at, _, damage, cut = _datagrams(smd, raw)
-    where = np.flatnonzero(np.isin(services, (L1ACCEPT, L1ENDOFBATCH)))
-    offsets, sizes = _smdinfo(smd, raw, at, services, where)
+    found = _datagrams(raw)
+    where = np.flatnonzero(np.isin(found.services, (L1ACCEPT, L1ENDOFBATCH)))
+    offsets, sizes = _smdinfo(smd, raw, found, where)
     # every chunk file begins with small offsets again
     chunk_E = np.concatenate([[0], np.cumsum(np.diff(offsets) < 0)]) if len(where) else (
         np.zeros(0, np.int64))
@@ -252,18 +254,27 @@ def _index_stream(smd: Path) -> Stream:
         ends = offsets + sizes
         readable[mine & (ends > length)] = False
         missing += max(0, int(ends[mine].max()) - length)
-    return Stream(smd, _big_file(smd, 0), times[where], offsets, sizes, damage[where], readable,
-                  frozenset(services.tolist()), cut, missing)
+    return Stream(smd, _big_file(smd, 0), found.times[where], offsets, sizes, found.damage[where],
+                  readable, frozenset(found.services.tolist()), found.cut_bytes, missing)
 
 
-def _datagrams(path: Path, raw: np.ndarray | None = None) -> tuple[np.ndarray, ...]:
-    """Per datagram: service, time, byte position, size, damage; and stray bytes at the end."""
-    if raw is None:
-        return _big_datagrams(path)
+class _Datagrams(NamedTuple):
+    """What the headers of a file say, per datagram; ``cut_bytes`` at the end are no datagram."""
+
+    services: np.ndarray
+    times: np.ndarray
+    at: np.ndarray
+    sizes: np.ndarray
+    damage: np.ndarray
+    cut_bytes: int
+
+
+def _datagrams(raw: np.ndarray) -> _Datagrams:
+    """The datagrams of a file of small datagrams."""
     services, times, positions, sizes, damages = [], [], [], [], []
     at, end = 0, len(raw)
     while at + _HEADER.size <= end:
-        time, env, _, damage, _, extent = _HEADER.unpack_from(raw, at)
+        extent = _HEADER.unpack_from(raw.data, at)[5]
         size = _TRANSITION_BYTES + extent
         if extent < _XTC.size or at + size > end:
             break
@@ -280,12 +291,12 @@ def _datagrams(path: Path, raw: np.ndarray | None = None) -> tuple[np.ndarray, .
         positions.append(at + size * np.arange(many))
         sizes.append(np.full(many, size))
         at += many * size
-    return (*(_joined(part, dtype) for part, dtype in (
-        (services, np.int64), (times, np.uint64), (positions, np.int64), (sizes, np.int64),
-        (damages, np.uint16))), end - at)
+    return _Datagrams(_joined(services, np.int64), _joined(times, np.uint64),
+                      _joined(positions, np.int64), _joined(sizes, np.int64),
+                      _joined(damages, np.uint16), end - at)
 
 
-def _big_datagrams(path: Path) -> tuple[np.ndarray, ...]:
+def _big_datagrams(path: Path) -> _Datagrams:
     """As :func:`_datagrams`, reading only the headers of a file of large datagrams."""
     rows = []
     end = path.stat().st_size
@@ -303,20 +314,23 @@ def _big_datagrams(path: Path) -> tuple[np.ndarray, ...]:
             at += size
     columns = list(zip(*rows, strict=True)) or [()] * 5
     dtypes = (np.int64, np.uint64, np.int64, np.int64, np.uint16)
-    return (*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True)), end - at)
+    services, times, positions, sizes, damages = (
+        np.array(column, dtype) for column, dtype in zip(columns, dtypes, strict=True))
+    return _Datagrams(services, times, positions, sizes, damages, end - at)
 
 
 def _joined(parts: list[np.ndarray], dtype: type) -> np.ndarray:
     return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
 
-def _smdinfo(path: Path, raw: np.ndarray, at: np.ndarray, services: np.ndarray,
+def _smdinfo(path: Path, raw: np.ndarray, found: _Datagrams,
              where: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(offsets, sizes) int64 of the events at datagrams ``where``."""
     pairs = np.zeros((len(where), 2), np.int64)
     if not len(where):
         return pairs[:, 0], pairs[:, 1]
-    configure = np.flatnonzero(services == CONFIGURE)
+    at = found.at
+    configure = np.flatnonzero(found.services == CONFIGURE)
     source = _smdinfo_source(raw, int(at[configure[0]])) if len(configure) else None
     if source is None:
         raise RunDamaged(f"{path} has no smdinfo record in its Configure: it is not a small-data "
@@ -348,7 +362,7 @@ def _children(raw: np.ndarray, start: int, end: int) -> list[tuple[int, int, int
     """(position, source, type, extent) of the Xtcs between two bytes."""
     found = []
     while start + _XTC.size <= end:
-        source, _, contains, extent = _XTC.unpack_from(raw, start)
+        source, _, contains, extent = _XTC.unpack_from(raw.data, start)
         if extent < _XTC.size or start + extent > end:
             break
         found.append((start, source, contains & 0xfff, extent))
@@ -357,7 +371,7 @@ def _children(raw: np.ndarray, start: int, end: int) -> list[tuple[int, int, int
 
 
 def _body(raw: np.ndarray, start: int) -> tuple[int, int]:
-    extent = _HEADER.unpack_from(raw, start)[5]
+    extent = _HEADER.unpack_from(raw.data, start)[5]
     return start + _HEADER.size, start + _TRANSITION_BYTES + extent
 
 

@@ -152,7 +152,7 @@ def open_run(arguments: Mapping[str, Any], what: str, *, provider: Provider | No
     notes: list[str] = []
     with network_guard(provider, notes):
         try:
-            datasource = psana.DataSource(**arguments, log_level=logging.WARNING)
+            datasource = psana.DataSource(**arguments, log_level=logging.ERROR)
             runs = datasource.runs()
             run = next(runs, None)
         except SystemExit as error:
@@ -164,7 +164,8 @@ def open_run(arguments: Mapping[str, Any], what: str, *, provider: Provider | No
             raise RunDamaged(f"{what}: psana2 cannot read the beginning of the run ({error}); copy "
                              "its files again") from error
     if run is None:
-        raise RunDamaged(f"{what}: psana2 finds no beginning of a run in the files; copy them again")
+        raise RunDamaged(f"{what}: psana2 finds no beginning of a run in the files; copy them "
+                         "again")
     parallel = bool(datasource.is_mpi())
     serves = bool(datasource.is_srv())
     role = getattr(getattr(datasource, "comms", None), "_nodetype", None)

@@ -1,4 +1,4 @@
-"""The CXI and geometry half of ``xfel-classify validate``."""
+"""The CXI and geometry half of ``xfel-classify validate``; not a verb."""
 from __future__ import annotations
 
 import math
