@@ -2,8 +2,8 @@
 
     python archived_run.py run95/*.h5 --constants constants.h5
 
-For a whole run with files as output, `xfel-classify run` is the better choice; this is for a program
-that wants to do something of its own with some events.
+For a whole run with files as output, `xfel-classify run` is the better choice; this is for a
+program that wants to do something of its own with some events.
 """
 import argparse
 
@@ -11,7 +11,7 @@ from xfel_classify import Classifier, open_run
 
 parser = argparse.ArgumentParser()
 parser.add_argument("files", nargs="+")
-parser.add_argument("--constants", help="pedestals, gain, geometry; not needed for calibrated files")
+parser.add_argument("--constants", help="pedestals, gain and geometry, for raw files")
 args = parser.parse_args()
 
 options = {"constants": args.constants} if args.constants else {}

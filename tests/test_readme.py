@@ -74,7 +74,7 @@ def commands(text: str) -> list[list[str]]:
 
 @pytest.mark.parametrize("path", [*(ROOT / name for name in DOCUMENTS), *SCRIPTS,
                                   ROOT / "mpi_jobs" / "README.md", ROOT / "Makefile"],
-                         ids=lambda path: path.name)
+                         ids=lambda path: str(path.relative_to(ROOT)))
 def test_commands_exist_with_their_options(path: Path) -> None:
     from xfel_classify.cli import verbs
 

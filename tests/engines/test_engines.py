@@ -138,7 +138,7 @@ def test_devices_that_are_not_there(write_model, backend):
 def test_check_passes_on_every_runtime_present(write_model):
     report = check_model(write_model())
     assert report.passed, str(report)
-    assert [c.backend for c in report.backends] == engines.available_backends()
+    assert [c.backend for c in report.backends] == engines.available_backends(report.model)
     assert "onnxruntime" in str(report) and "ok" in str(report)
 
 

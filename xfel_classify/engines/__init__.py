@@ -17,15 +17,16 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-PREFERRED = ("tensorrt", "onnxruntime", "torch")
+PREFERRED = ("tensorrt", "direct", "onnxruntime", "torch")
 """Order of ``backend="auto"``; runtimes without a file in this folder are passed over."""
 
 
-def available_backends() -> list[str]:
-    """Runtimes of this package whose Python package is installed, best first."""
-    known = builtin_names("engines")
-    return [name for name in PREFERRED
-            if name in known and importlib.util.find_spec(name) is not None]
+def available_backends(model: Model | None = None) -> list[str]:
+    """Runtimes whose Python package is installed (and that execute ``model``), best first."""
+    known = [name for name in PREFERRED if name in builtin_names("engines")]
+    return [name for name in known
+            if importlib.util.find_spec(component("engines", name).package) is not None
+            and (model is None or component("engines", name).executes(model))]
 
 
 def open_engine(model: Model | str | Path, backend: str = "auto", device: str | None = None,
@@ -47,7 +48,7 @@ def open_engine(model: Model | str | Path, backend: str = "auto", device: str | 
     known = builtin_names("engines")
     refusals: list[str] = []
     for name in PREFERRED:
-        if name not in known:
+        if name not in known or not component("engines", name).executes(model):
             continue
         engine = component("engines", name)(model, device=device, max_batch=max_batch)
         try:

@@ -381,7 +381,7 @@ def check_model(model: Model | str | Path, backend: str = "all") -> CheckReport:
     model = load_model(find_model(model).directory)
     images_BHW, expected = read_check(model)
     checks = []
-    for name in available_backends() if backend == "all" else [backend]:
+    for name in available_backends(model) if backend == "all" else [backend]:
         try:
             with open_engine(model, backend=name) as engine:
                 outputs = engine.infer(images_BHW)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from ..core import EngineError, MissingDependency, ModelInvalid
+from .cards import Model
 from .runtime import Runtime
 
 _CENTRE = ["ReduceMean", "ReduceMean", "Sub"]
@@ -29,12 +30,17 @@ class Engine(Runtime):
     """Runs ``sfx_hit`` networks (350 x 350, row normalisation) on one core."""
 
     name = "direct"
+    package = "onnx"
+
+    @classmethod
+    def executes(cls, model: Model) -> bool:
+        return model.card.architecture == "sfx_hit"
 
     def _start(self, onnx_path: Path) -> None:
         if self.device not in (None, "cpu"):
             raise EngineError(f"the direct engine runs on the CPU only, device {self.device!r} "
                               "was asked for; leave the device out or name another backend")
-        if self.model.card.architecture != "sfx_hit":
+        if not self.executes(self.model):
             raise EngineError(f"the direct engine runs the sfx_hit network only, model "
                               f"{self.model.name} is {self.model.card.architecture or 'another'}; "
                               "use --backend onnxruntime")

@@ -20,6 +20,7 @@ class Engine(Runtime):
     """Runs a model with ``onnxruntime``'s CPU provider, float32."""
 
     name = "onnxruntime"
+    package = "onnxruntime"
 
     def __init__(self, model: Model, device: str | None = None, max_batch: int = 64) -> None:
         super().__init__(model, device, max_batch)

@@ -17,7 +17,13 @@ class Runtime:
     """
 
     name = ""
+    package = ""            # the Python package that must be installed
     precision = "float32"
+
+    @classmethod
+    def executes(cls, model: Model) -> bool:
+        """False when this runtime is made for other networks than ``model``."""
+        return True
 
     def __init__(self, model: Model, device: str | None = None, max_batch: int = 64) -> None:
         if max_batch < 1:

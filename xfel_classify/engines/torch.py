@@ -23,6 +23,7 @@ class Engine(Runtime):
     """Runs a model with PyTorch on "cpu" (one thread) or a CUDA device, float32."""
 
     name = "torch"
+    package = "torch"
 
     def __init__(self, model: Model, device: str | None = None, max_batch: int = 64) -> None:
         super().__init__(model, device, max_batch)

@@ -66,7 +66,8 @@ def join_parts(parts: Sequence[Part], run: RunInfo, columns: Mapping[str, Column
         "hit_column": hits or "", "constants_identity": constants.identity if constants else "",
         "calibrated_unit": constants.unit if constants else "",
         "notes": "\n".join(run.notes), **_analysis_attributes(parts), **attributes,
-        **{f"source_{key}": value for key, value in run.provenance.items()},
+        **{f"source_{key.removeprefix('source_')}": value
+           for key, value in run.provenance.items()},
     }
     return RunResult(
         run=run, columns=columns, rows=rows, totals=_sum_totals(parts), attributes=every,
