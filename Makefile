@@ -28,7 +28,7 @@ help:
 	@echo "Options: ARGS=\"...\" for the program that is run, PYTHON=..., VENV=..., TORCH_INDEX=..."
 
 $(VENV)/.made: .ci/venv
-	PYTHON="$(PYTHON)" .ci/venv $(VENV)
+	@PYTHON="$(PYTHON)" .ci/venv $(VENV)
 	@touch $@
 
 # The project as an editable install, with psana where it can be built.

@@ -1,5 +1,5 @@
 #!/bin/bash
-# All cores of this machine on one run.
+# One run on this machine: as many ranks as MPI finds cores, or RANKS of them.
 #   mpi_jobs/mpirun.sh 95 --exp mfxl1033223 [any option of "xfel-classify run"]
 #   RANKS=8 mpi_jobs/mpirun.sh run/*.h5 -o out
 # psana2 keeps two of the ranks for itself (it reads the index and builds events there).
@@ -7,4 +7,8 @@ set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 # after SIGTERM ranks get this many seconds to flush before Open MPI kills them
 export OMPI_MCA_odls_base_sigkill_timeout="${OMPI_MCA_odls_base_sigkill_timeout:-30}"
-exec mpirun -n "${RANKS:-$(nproc)}" xfel-classify run "$@"
+if [ -n "${RANKS:-}" ]; then
+    # may be more than there are cores: psana2's own two ranks have little to do
+    export OMPI_MCA_rmaps_base_oversubscribe=1
+fi
+exec mpirun ${RANKS:+-n "$RANKS"} xfel-classify run "$@"

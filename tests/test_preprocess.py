@@ -221,17 +221,18 @@ def test_bits_of_det_raw_calib_on_a_written_run(tmp_path):
 
 
 READ_RUN = """
-import pickle, sys
+import sys
 from pathlib import Path
-import numpy as np, requests
+import h5py, numpy as np
 from psana import DataSource
 from psana.psexp.ds_base import DataSourceBase
 import psana.pscalib.calib.MDBWebUtils as wu
 folder = Path(sys.argv[1])
-with open(folder / "calibconst.pkl", "rb") as file:
-    kept = pickle.load(file)
-names = {uid: det for det, uid in kept["det_info"].items()}
-wu.calib_constants_all_types = lambda uid, *a, **k: kept["calib_const"].get(names.get(uid), {})
+with h5py.File(folder / "constants.h5") as file:
+    kept = {name: (one.asstr()[()] if name == "geometry" else one[()],
+                   {"experiment": "cxitst95", "run": 95})
+            for name, one in file["jungfrau"].items()}
+wu.calib_constants_all_types = lambda uid, *a, **k: kept if "jungfrau" in uid else {}
 DataSourceBase._get_file_info_from_db = lambda self, runnum: {}
 ds = DataSource(exp="cxitst95", run=95, dir=str(folder))
 raw, calib = [], []

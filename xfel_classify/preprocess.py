@@ -201,9 +201,8 @@ def common_mode(calibrated_PSF: np.ndarray, good_PSF: np.ndarray,
     if _native_common is None:
         return common_mode_reference(calibrated_PSF, good_PSF, kinds, bank_shape, limit=limit,
                                      minimum=minimum)
-    for kind in kinds:
-        _native_common.subtract(calibrated_PSF, np.ascontiguousarray(good_PSF, bool), kind, rows,
-                                columns, float(limit), int(minimum))
+    _native_common.subtract(calibrated_PSF, np.ascontiguousarray(good_PSF, bool), list(kinds), rows,
+                            columns, float(limit), int(minimum))
     return calibrated_PSF
 
 
@@ -363,6 +362,7 @@ def _covering_pixels(row: np.ndarray, column: np.ndarray, shape: tuple[int, int]
     r, c = row.ravel()[pixel], column.ravel()[pixel]
     ss, fs = (np.stack([v.ravel()[pixel] for v in step]) for step in steps)
     area = ss[0] * fs[1] - ss[1] * fs[0]
+    area[area == 0] = np.nan            # pixels on one spot cover nothing
     best = np.full(height * width, np.iinfo(np.int64).max)
     for up in (0, 1):
         for left in (0, 1):
@@ -386,10 +386,11 @@ def _steps(row: np.ndarray, column: np.ndarray, axis: int) -> tuple[np.ndarray, 
     Steps longer than usual (wide pixels at ASIC borders) are cut to the usual length.
     """
     n = row.shape[axis]
-    if n == 1:
-        other = _steps(row, column, 3 - axis) if row.shape[3 - axis] > 1 else (
-            np.ones_like(row), np.zeros_like(row))
-        return (other[1], -other[0]) if axis == 2 else (-other[1], other[0])
+    if n == 1:                  # no neighbour: at right angles to the other axis
+        if row.shape[3 - axis] == 1:
+            return np.full(row.shape, 2.0 - axis), np.full(row.shape, axis - 1.0)
+        other = _steps(row, column, 3 - axis)
+        return other[1], -other[0]
     d = np.stack([np.diff(row, axis=axis), np.diff(column, axis=axis)])
     ahead = np.concatenate([d, np.take(d, [-1], axis=axis + 1)], axis=axis + 1)
     behind = np.concatenate([np.take(d, [0], axis=axis + 1), d], axis=axis + 1)

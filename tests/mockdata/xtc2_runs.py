@@ -29,7 +29,7 @@ class Run:
     concern the area detector; ``times`` overrides the timestamps (repeats are allowed);
     ``energy`` {event: photon energy}; ``scalars`` False writes no beam detectors at all."""
 
-    exp: str = "mfxtst42"
+    exp: str = "cxitst42"
     run: int = 7
     events: int = 8
     segments: int = 1
@@ -45,6 +45,7 @@ class Run:
     distance_mm: float = 150.0
     codes: dict[int, tuple[int, ...]] = field(default_factory=dict)
     closed: bool = True                 # write EndRun
+    chunk_at: int | None = None         # scan step at which big data go on in chunk files -c001
 
     def stamps(self) -> list[int]:
         """Timestamps of the events."""
@@ -75,8 +76,11 @@ class _Stream:
         self._files = (self.big.open("wb"), self.smd.open("wb"))
         info = _Record("smdinfo", "offset", "", "offsetAlg", (0, 0, 0),
                        {"intOffset": (np.uint64, 0), "intDgramSize": (np.uint64, 0)})
+        records = [*records, _Record("chunkinfo", "chunkinfo", "", "chunkinfo", (0, 0, 1),
+                                     {"filename": (str, 1), "chunkid": (np.uint32, 0)})]
         self._configs = (self._configure(records), self._configure(records, info))
         self._offset = 0
+        self._beginning = 0             # bytes of Configure, which every chunk file repeats
 
     def _configure(self, records: list[_Record], info: _Record | None = None) -> tuple:
         from psana.dgramedit import DgramEdit
@@ -115,6 +119,18 @@ class _Stream:
     def transition(self, service: int, time: int, values: dict | None = None) -> None:
         self._offset += self._write(0, service, time, values or {})
         self._write(1, service, time, values or {})
+        if service == self._ids.Configure:
+            self._beginning = self._offset
+
+    def next_chunk(self, service: int, time: int) -> None:
+        """Announce a new chunk file in a transition, as the DAQ does, and go on in it."""
+        path = self.big.with_name(self.big.name.replace("-c000.", "-c001."))
+        record = {("chunkinfo", "chunkinfo", 0): {"filename": path.name, "chunkid": 1}}
+        self._write(1, service, time, record)
+        self._files[0].close()
+        path.write_bytes(self.big.read_bytes()[: self._beginning])
+        self._files = (path.open("ab"), self._files[1])
+        self._offset = self._beginning + self._write(0, service, time, record)
 
     def event(self, time: int, values: dict, damage: int = 0) -> None:
         size = self._write(0, self._ids.L1Accept, time, values, damage)
@@ -198,7 +214,12 @@ def write_run(directory: Path, run: Run) -> Path:
     for step in range(run.steps):
         scan = {("scan", "raw", 0): {"step_value": float(step), "step_docstring": "step"}}
         everywhere(ids.BeginStep, scan if run.scalars else None)
-        everywhere(ids.Enable)
+        if step == run.chunk_at:
+            clock[0] += 1
+            for stream in streams:
+                stream.next_chunk(ids.Enable, clock[0])
+        else:
+            everywhere(ids.Enable)
         everywhere(ids.SlowUpdate, {("epics", "raw", 0): {"detector_z": run.distance_mm}}
                    if run.scalars else None)
         for event in range(step * each, min(run.events, (step + 1) * each)):

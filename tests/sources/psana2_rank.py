@@ -1,7 +1,9 @@
 """What one rank does in the MPI tests: read a run through the source and write down what it saw.
 
 ``python psana2_rank.py OUT OPTIONS``; OPTIONS is JSON: {"config": {...}, "todo": [...],
-"stop_after": n, "leave_after": n}.  Each rank writes OUT/rank<r>.json.
+"stop_after": n, "leave_after": n, "leavers": [ranks],
+"database": constants file that plays psana's database, "fail_after": n}.  Each rank writes
+OUT/rank<r>.json.
 """
 from __future__ import annotations
 
@@ -20,6 +22,21 @@ RANK = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
 SIZE = int(os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
 
 
+def play_database(path: str) -> None:
+    """Answer psana's requests for constants from a file, as its database would."""
+    import h5py
+    import psana.pscalib.calib.MDBWebUtils as web
+
+    def constants(det: str, **_: object) -> dict:
+        if not det.startswith("jungfrau"):
+            return {}
+        with h5py.File(path) as file:
+            return {name: (value[()], {"ctype": name}) for name, value in
+                    file["jungfrau"].items()}
+
+    web.calib_constants_all_types = constants
+
+
 def main() -> int:
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     seen: list[list] = []
@@ -33,6 +50,8 @@ def main() -> int:
     def stopping() -> bool:
         return options.get("stop_after") is not None and len(seen) >= options["stop_after"]
 
+    if options.get("database"):
+        play_database(options["database"])
     todo = None if options.get("todo") is None else np.array(options["todo"], np.int64)
     try:
         with Source(Source.Config(**options["config"])) as source:
@@ -43,7 +62,10 @@ def main() -> int:
                     np.ascontiguousarray(frame.raw_PSF).tobytes())
                 seen.append([frame.index, frame.timestamp, int(frame.status), frame.damage, crc,
                              dict(frame.scalars), list(frame.event_codes)])
-                if len(seen) == options.get("leave_after"):
+                if len(seen) == options.get("fail_after") and RANK == 2:
+                    raise RuntimeError("planted failure")
+                if len(seen) == options.get("leave_after") and RANK in options.get(
+                        "leavers", range(SIZE)):
                     break
             if source.works():
                 answer["identity"] = source.constants().identity

@@ -138,6 +138,48 @@ def test_mask_of_every_frame_becomes_nan(tmp_path, geometry):
         assert np.isfinite(pixels[0]).all() and np.isnan(pixels[1]).sum() == 1
 
 
+def test_masks_are_combined(tmp_path, geometry):
+    mask = np.zeros((16, 16), np.uint16)
+    mask[0, 0] = 1                                          # CXI: 1 = bad
+    path = mock.write_cxi(tmp_path / "x.cxi", mock.frames(2), mask=mask)
+    user = np.ones((2, 8, 16), bool)
+    user[1, 4, 4] = False                                   # NumPy: 0 = bad
+    np.save(tmp_path / "mask.npy", user)
+    options = {"geometry": str(geometry), "panel_shape": (2, 8, 16)}
+    with source(path, mask=str(tmp_path / "mask.npy"), edge_width=2, **options) as opened:
+        good = opened.constants().good_PSF
+    expected = np.zeros((2, 8, 16), bool)
+    expected[:, 2:6, 2:14] = True
+    expected[1, 4, 4] = False
+    assert np.array_equal(good, expected)
+
+
+def test_raw_frames_take_the_mask_of_the_first_event(tmp_path, geometry):
+    frames = mock.frames(2, "u2")
+    mask = np.zeros((2, 16, 16), np.uint8)
+    mask[0, 0, 3] = mask[1, 5, 5] = 1
+    path = mock.write_cxi(tmp_path / "x.cxi", frames, mask=mask)
+    constants = tmp_path / "constants.h5"
+    with h5py.File(constants, "w") as file:
+        file["generic/pedestals"] = np.full((1, 2, 8, 16), 100, np.float32)
+    with source(path, geometry=str(geometry), panel_shape=(2, 8, 16), kind="generic",
+                constants=str(constants)) as opened:
+        assert read(opened)[1].dtype == np.uint16
+        good = opened.constants().good_PSF
+        assert not good[0, 0, 3] and good[0, 5, 5]
+        assert opened.constants().unit == "ADU"             # no gains, so no energies
+        assert any("first event" in note for note in opened.run.notes)
+
+
+def test_more_files_than_are_kept_open(tmp_path, geometry):
+    frames = mock.frames(40)
+    files = [mock.write_stack(tmp_path / f"r{n:02d}.h5", frames[n:n + 1]) for n in range(40)]
+    with source(*files, geometry=str(geometry)) as opened:
+        pixels = read(opened)
+        assert all(np.array_equal(pixels[n], frames[n]) for n in range(40))
+        assert opened.pixel_location(0) == (str(files[0].resolve()), "/data", 0)
+
+
 def test_nexus_parts_in_other_files(tmp_path, geometry):
     frames = mock.frames(6)
     parts = [mock.write_stack(tmp_path / f"part{i}.h5", frames[3 * i:3 * i + 3]) for i in range(2)]

@@ -17,7 +17,7 @@ pytest.importorskip("psana", reason="psana2 is not installed")
 if shutil.which("mpirun") is None:
     pytest.skip("mpirun is not installed", allow_module_level=True)
 
-from mockdata import xtc2_runs as mock  # noqa: E402
+from mockdata import xtc2_runs as mock
 
 pytestmark = [pytest.mark.psana, pytest.mark.mpi]
 RANK = Path(__file__).with_name("psana2_rank.py")
@@ -41,7 +41,7 @@ def launch(tmp_path):
 
     def start(ranks: int, directory: Path, environment: dict[str, str] | None = None,
               config: dict | None = None, **options):
-        options["config"] = config or {"exp": "mfxtst42", "run": 7, "dir": str(directory),
+        options["config"] = config or {"exp": "cxitst42", "run": 7, "dir": str(directory),
                                        "constants": str(directory / "constants.h5"),
                                        "batch_size": 2}
         out = tmp_path / f"out{time.monotonic_ns()}"
@@ -70,7 +70,7 @@ def rows(answers: list[dict]) -> list[list]:
 @pytest.fixture(scope="module")
 def serial(run, tmp_path_factory) -> list[list]:
     out = tmp_path_factory.mktemp("serial")
-    options = {"config": {"exp": "mfxtst42", "run": 7, "dir": str(run),
+    options = {"config": {"exp": "cxitst42", "run": 7, "dir": str(run),
                           "constants": str(run / "constants.h5")}}
     subprocess.run([sys.executable, str(RANK), str(out), json.dumps(options)], check=True,
                    timeout=60, capture_output=True, cwd=ROOT,
@@ -109,9 +109,17 @@ def test_server_and_builder_ranks_do_not_work(run, launch, serial, variables, ra
     assert rows(answers) == serial
 
 
+def test_an_mfx_experiment_sets_its_own_builders(launch, tmp_path):
+    """psana2 overrides PS_EB_NODES for experiments called mfx...: 3 ranks are enough."""
+    mock.write_run(tmp_path / "run", mock.Run(exp="mfxtst42", events=4))
+    config = {"exp": "mfxtst42", "run": 7, "dir": str(tmp_path / "run"), "calibrated": True}
+    answers, code, text, _ = launch(3, tmp_path, {"PS_EB_NODES": "2"}, config)
+    assert code == 0, text
+    assert [len(a["seen"]) for a in answers] == [0, 0, 4], answers
+
+
 @pytest.mark.parametrize(("variables", "message"), [
     ({"PS_SRV_NODES": "2"}, "at least 5"),
-    ({"PS_EB_NODES": "2"}, "at least 4"),
     ({"PS_EB_NODES": "two"}, "PS_EB_NODES = 'two'"),
 ])
 def test_roles_that_leave_nobody_to_work_are_refused(run, launch, variables, message):
@@ -129,11 +137,28 @@ def test_interruption_ends_all_ranks(run, launch, how):
     assert 2 <= len(seen) <= 2 * 2 and len(set(seen)) == len(seen)
 
 
-def test_only_one_rank_leaving_does_not_hang_the_others(run, launch, serial):
-    """Rank 2 leaves after 1 event, rank 3 would go on: both end."""
-    answers, code, text, _ = launch(3, run, leave_after=1)
+def test_one_rank_leaving_does_not_hang_the_others(run, launch, serial):
+    answers, code, text, _ = launch(4, run, leave_after=1, leavers=[2])
     assert code == 0, text
-    assert [len(a["seen"]) for a in answers] == [0, 0, 1]
+    assert len(answers[2]["seen"]) == 1
+    assert set(map(str, rows(answers))) <= set(map(str, serial))
+
+
+def test_constants_that_psana_distributes(run, launch, serial):
+    """One rank asks the database; psana shares the answer through memory of the node."""
+    config = {"exp": "cxitst42", "run": 7, "dir": str(run)}
+    answers, code, text, _ = launch(4, run, config=config, database=str(run / "constants.h5"))
+    assert code == 0, text
+    from_file, *_ = launch(0, run)
+    assert rows(answers) == serial
+    assert {a["identity"] for a in answers if a["works"]} == {from_file[0]["identity"]}
+
+
+def test_a_rank_that_fails_ends_the_job_with_its_traceback(run, launch):
+    config = {"exp": "cxitst42", "run": 7, "dir": str(run)}
+    _, code, text, seconds = launch(4, run, config=config, database=str(run / "constants.h5"),
+                                    fail_after=1)
+    assert code != 0 and "planted failure" in text and seconds < 40
 
 
 def test_resuming_reads_only_what_is_missing(run, launch, serial):
@@ -152,7 +177,7 @@ def test_nothing_left_to_do_reads_nothing(run, launch):
 
 def test_truncated_big_data_under_mpi(run, launch, serial, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    path = copy / "mfxtst42-r0007-s002-c000.xtc2"
+    path = copy / "cxitst42-r0007-s002-c000.xtc2"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 5_000_000)
     answers, code, text, _ = launch(4, copy)
@@ -166,7 +191,7 @@ def test_truncated_big_data_under_mpi(run, launch, serial, tmp_path):
 
 def test_a_missing_stream_is_refused_on_every_rank(run, launch, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    (copy / "mfxtst42-r0007-s002-c000.xtc2").unlink()
+    (copy / "cxitst42-r0007-s002-c000.xtc2").unlink()
     answers, _, _, seconds = launch(4, copy)
     assert len(answers) == 4 and seconds < 30
     assert all(a["error"].startswith("RunNotFound") for a in answers)
@@ -180,11 +205,10 @@ def test_repeated_times_are_refused_when_ranks_share_them(launch, tmp_path):
     assert all("run without mpirun" in a["error"] for a in answers) and len(answers) == 3
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
-def test_one_file_is_shared_by_claim(run, launch, ranks):
+def test_one_file_is_shared_by_claim(run, launch):
     """psana2 itself would give every event to every rank."""
-    config = {"files": [str(run / "mfxtst42-r0007-s001-c000.xtc2")]}
-    answers, code, text, _ = launch(ranks, run, config=config)
+    config = {"files": [str(run / "cxitst42-r0007-s001-c000.xtc2")]}
+    answers, code, text, _ = launch(2, run, config=config)
     assert code == 0, text
     assert not any(a["distributes"] for a in answers)
     assert [row[0] for row in rows(answers)] == list(range(EVENTS - 1))     # one has no image

@@ -52,7 +52,7 @@ def copy(good, tmp_path) -> Path:
 
 
 def source(directory: Path | str, constants: str | None, **options) -> Source:
-    return Source(Source.Config(**{"exp": "mfxtst42", "run": 7, "dir": str(directory),
+    return Source(Source.Config(**{"exp": "cxitst42", "run": 7, "dir": str(directory),
                                    "constants": constants, **options}))
 
 
@@ -61,11 +61,11 @@ def read(opened: Source) -> dict[int, tuple]:
 
 
 def big(directory: Path, stream: int) -> Path:
-    return directory / f"mfxtst42-r0007-s{stream:03d}-c000.xtc2"
+    return directory / f"cxitst42-r0007-s{stream:03d}-c000.xtc2"
 
 
 def smd(directory: Path, stream: int) -> Path:
-    return directory / "smalldata" / f"mfxtst42-r0007-s{stream:03d}-c000.smd.xtc2"
+    return directory / "smalldata" / f"cxitst42-r0007-s{stream:03d}-c000.smd.xtc2"
 
 
 def cut(path: Path, lose: int) -> None:
@@ -104,7 +104,7 @@ def test_scalars_codes_and_identity(good, constants):
     with source(good, constants[2]) as opened:
         run = opened.run
         assert (run.exp, run.run, run.detector, run.detector_kind) == (
-            "mfxtst42", 7, "jungfrau", "jungfrau")
+            "cxitst42", 7, "jungfrau", "jungfrau")
         assert run.panel_shape == (2, 512, 1024) and run.raw_dtype == "uint16"
         assert run.provenance["psana_version"]
         found = {f.index: f for f in opened.frames(whole(opened))}
@@ -223,10 +223,52 @@ def test_runs_of_the_shared_writer(constants, tmp_path):
         truth["photon_energy_eV"].tolist())
 
 
+def test_big_data_in_chunk_files(tmp_path, constants):
+    mock.write_run(tmp_path, mock.Run(events=8, steps=2, chunk_at=1))
+    second = tmp_path / "cxitst42-r0007-s001-c001.xtc2"
+    with source(tmp_path, constants[1]) as opened:
+        found = {f.index: f.raw_PSF[0].copy() for f in opened.frames(whole(opened))}
+    assert all(np.array_equal(found[i], mock.pixels(i, 0)[0]) for i in range(8))
+    cut(second, 10_000)
+    with source(tmp_path, constants[1]) as opened:
+        found = read(opened)
+        assert [found[i][1] for i in range(8)] == [OK] * 7 + [EventStatus.UNREADABLE]
+    second.unlink()
+    with pytest.raises(RunNotFound, match=r"s001-c001\.xtc2 does not exist"), \
+            source(tmp_path, constants[1]):
+        pass
+
+
+def test_a_run_that_is_still_being_written(copy, constants):
+    """The DAQ calls files .inprogress until the run is closed."""
+    for path in (*copy.glob("*.xtc2"), *(copy / "smalldata").glob("*.xtc2")):
+        path.rename(path.with_name(path.name + ".inprogress"))
+    with pytest.raises(RunDamaged, match="still being written"), source(copy, constants[2]):
+        pass
+
+
+def test_a_real_epix_file(tmp_path):
+    """An ePix10ka quad as the DAQ wrote it: gain mode from its own configuration record."""
+    import h5py
+
+    path = SHARED / "data/real/xtc2/test_epix_calib.xtc2"
+    if not path.exists():
+        pytest.skip("the real ePix file is not here")
+    with h5py.File(tmp_path / "constants.h5", "w") as file:
+        file["epixquad/pedestals"] = np.full((7, 4, 352, 384), 3000, np.float32)
+        file["epixquad/pixel_gain"] = np.full((7, 4, 352, 384), 100, np.float32)
+    with Source(Source.Config(files=[str(path)], constants=str(tmp_path / "constants.h5"))) as one:
+        assert (one.run.exp, one.run.run, one.run.detector) == ("ueddaq02", 109, "epixquad")
+        assert one.run.detector_kind == "epix10ka" and one.run.panel_shape == (4, 352, 384)
+        assert one.constants().gain_bits == "bit14"
+        means = [float(f.raw_PSF.mean()) for f in one.frames(whole(one))]
+        assert means == pytest.approx([19453.193, 19469.134], abs=1e-3)
+
+
 # --- wrong requests ---
 
 def test_another_experiment_is_not_read(good, constants, tmp_path):
-    with pytest.raises(RunNotFound, match="holds run 7 of mfxtst42"), \
+    with pytest.raises(RunNotFound, match="holds run 7 of cxitst42"), \
             source(good, constants[2], exp="cxiother"):
         pass
     inside = mock.write_run(tmp_path, mock.Run(events=1, runinfo="cxiother"))
@@ -242,13 +284,13 @@ def test_files_of_two_experiments_are_not_mixed(copy, constants):
 
 
 def test_wrong_run_and_wrong_directory(good, constants, tmp_path):
-    with pytest.raises(RunNotFound, match="it holds runs 7 of mfxtst42"), \
+    with pytest.raises(RunNotFound, match="it holds runs 7 of cxitst42"), \
             source(good, constants[2], run=8):
         pass
     with pytest.raises(RunNotFound, match="not a directory"), \
             source(tmp_path / "nowhere", constants[2]):
         pass
-    with pytest.raises(RunNotFound, match="holds nothing of mfxtst42"), \
+    with pytest.raises(RunNotFound, match="holds nothing of cxitst42"), \
             source(tmp_path, constants[2]):
         pass
     with pytest.raises(RunNotFound, match="does not exist"), \
@@ -258,9 +300,9 @@ def test_wrong_run_and_wrong_directory(good, constants, tmp_path):
 
 def test_the_run_is_a_number():
     with pytest.raises(ConfigurationError, match="run"):
-        struct(Source.Config, {"exp": "mfxtst42", "run": "7"}, "source psana2")
+        struct(Source.Config, {"exp": "cxitst42", "run": "7"}, "source psana2")
     with pytest.raises(ConfigurationError, match="exp and run, or files"):
-        Source(Source.Config(exp="mfxtst42"))
+        Source(Source.Config(exp="cxitst42"))
     with pytest.raises(ConfigurationError, match="--exp"):
         Source(Source.Config(run=7))
 
@@ -294,23 +336,39 @@ def test_constants_of_the_database(good, constants, monkeypatch):
         stored = {k: v[()] for k, v in file["jungfrau"].items()}
 
     def database(det, exp=None, run=None, **_):
-        assert (exp, run) == ("mfxtst42", 7)
+        assert (exp, run) == ("cxitst42", 7)
         return {k: (v, {}) for k, v in stored.items()} if det.startswith("jungfrau") else {}
 
     monkeypatch.setattr(web, "calib_constants_all_types", database)
     with source(good, None) as opened, source(good, constants[2]) as other:
         assert opened.constants().identity == other.constants().identity
-    name, fetched = fetch_constants("mfxtst42", 7, directory=str(good))
+    name, fetched = fetch_constants("cxitst42", 7, directory=str(good))
     assert name == "jungfrau"
     assert all(np.array_equal(fetched[k], stored[k]) for k in stored)
     monkeypatch.setattr(web, "calib_constants_all_types", lambda *_, **__: {})
     with pytest.raises(ConstantsError, match="no pedestals"):
-        fetch_constants("mfxtst42", 7, directory=str(good))
+        fetch_constants("cxitst42", 7, directory=str(good))
+
+
+def test_an_unreachable_database_is_asked_once(good, monkeypatch):
+    import psana.pscalib.calib.MDBWebUtils as web
+    import requests
+
+    asked = []
+
+    def database(det, **_):
+        asked.append(det)
+        raise requests.exceptions.ConnectionError("no route")
+
+    monkeypatch.setattr(web, "calib_constants_all_types", database)
+    with source(good, None) as opened:
+        assert any("cannot be reached" in note for note in opened.run.notes)
+    assert len(asked) == 1
 
 
 def test_psana_is_left_as_it_was(good, constants):
-    import psana.psexp.ds_base as ds_base
     import psana.pscalib.calib.MDBWebUtils as web
+    import psana.psexp.ds_base as ds_base
     import requests
 
     before = (ds_base.DataSourceBase._get_file_info_from_db, web.calib_constants_all_types)
@@ -365,8 +423,10 @@ def test_missing_big_data(copy, constants):
 
 
 def test_psana_leaving_through_exit_becomes_an_error(copy, constants, monkeypatch):
-    index = psana2.find_streams("mfxtst42", 7, copy)
-    monkeypatch.setattr(psana2, "find_streams", lambda *_: index)
+    files = psana2.find_streams("cxitst42", 7, copy)
+    index = psana2.index_run(files)
+    monkeypatch.setattr(psana2, "find_streams", lambda *_: files)
+    monkeypatch.setattr(psana2, "index_run", lambda *_: index)
     big(copy, 2).unlink()
     with pytest.raises(RunNotFound, match="psana2 gave up"), source(copy, constants[2]):
         pass
@@ -383,7 +443,7 @@ def test_a_whole_stream_missing(copy, constants):
     """psana2 makes a one-panel detector of it, without a warning."""
     for path in (smd(copy, 2), big(copy, 2)):
         path.unlink()
-    with pytest.raises(RunDamaged, match=r"has 1 panels .*2 panels were expected.*missing: \[1\]"), \
+    with pytest.raises(RunDamaged, match=r"has 1 panels .*2 panels were exp.*missing: \[1\]"), \
             source(copy, constants[2]):
         pass
     with pytest.raises(RunDamaged, match="2 panels were expected"), \

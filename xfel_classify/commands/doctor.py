@@ -436,7 +436,7 @@ def threads() -> Iterator[Finding]:
     said = ", ".join(f"{n}={v}" for n, v in values.items()) or "OMP_NUM_THREADS not set"
     found = f"{cores} cores, {here} rank{'s' if here > 1 else ''} on this node; {said}"
     asked = max((int(v) for v in values.values() if v.isdigit()), default=0)
-    if asked * here > cores or (here > 1 and not asked):
+    if asked * here > cores:
         yield Finding("threads per rank", "absent", found,
                       f"export OMP_NUM_THREADS={max(1, cores // here)} (more only slows ranks)")
     else:

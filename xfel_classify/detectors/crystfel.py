@@ -22,6 +22,12 @@ from .detector import detector
 __all__ = ["fit_panels", "read_crystfel_geometry", "write_crystfel_geom"]
 
 log = logging.getLogger(__name__)
+_UNITS = re.compile(r"^(\s*(?:\S+/)?)(photon_energy|clen|wavelength)\s*=\s*"
+                    r"([-+.\deE]*\d\.?)\s*(eV|keV|MeV|mm|m|A)?[ \t]*(?=;|$)", re.MULTILINE)
+_VECTOR = re.compile(r"^(\s*(?:\S+/)?(?:fs|ss))\s*=([^;\n]*)", re.MULTILINE)
+_TERM = re.compile(r"([-+]?)\s*(\d*\.?\d*(?:[eE][-+]?\d+)?)\s*([xyz])")
+_FACTORS = {"eV": 1.0, "keV": 1e3, "MeV": 1e6, "m": 1.0, "mm": 1e-3, "A": 1e-10, "": 1.0}
+HC_EV_M = 1.239841984e-6
 _NO_INDEX = re.compile(r"^\s*(?:(\S+)/)?no_index\s*=\s*([^\s;]+)", re.MULTILINE)
 
 
@@ -48,7 +54,7 @@ def read_crystfel_geometry(text: str, panel_shape: tuple[int, ...] | None = None
             f"CrystFEL geometry {name or 'text'} was to be read; cfelpyutils cannot be imported "
             f"({error}); install it with 'pip install cfelpyutils'") from error
     try:
-        parsed = load_crystfel_geometry(io.StringIO(text))
+        parsed = load_crystfel_geometry(io.StringIO(_plainer(text)))
     except (RuntimeError, ValueError, KeyError, IndexError, TypeError, ZeroDivisionError,
             AttributeError, SystemExit) as error:
         raise GeometryError(
@@ -61,6 +67,31 @@ def read_crystfel_geometry(text: str, panel_shape: tuple[int, ...] | None = None
             "check that the file is complete")
     return _Layout(found, parsed.detector["bad"], _not_indexed(text, found), name).geometry(
         parsed.beam, panel_shape, kind)
+
+
+def _plainer(text: str) -> str:
+    """The same geometry in the words that cfelpyutils reads right.
+
+    It knows no units; and it keeps of a vector what a line does not name, so that ``fs = -y``
+    would become (1, -1, 0): vectors get all three components here.
+    """
+    def vector(found: re.Match[str]) -> str:
+        terms = _TERM.findall(found[2])
+        if not terms or _TERM.sub("", found[2]).strip():
+            return found[0]                 # nothing known: left for the parser to refuse
+        sums = dict.fromkeys("xyz", 0.0)
+        for sign, number, axis in terms:
+            sums[axis] += float(f"{sign}{number or 1}")
+        return f"{found[1]} = " + " ".join(f"{v:+.15f}{axis}" for axis, v in sums.items())
+
+    def plain(found: re.Match[str]) -> str:
+        panel, key, number, unit = found.groups()
+        value = float(number) * _FACTORS[unit or ""]
+        if key == "wavelength":
+            return f"{panel}photon_energy = {HC_EV_M / value:.12g}"
+        return f"{panel}{key} = {value:.12g}"
+
+    return _VECTOR.sub(vector, _UNITS.sub(plain, text))
 
 
 def _not_indexed(text: str, panels: dict[str, Any]) -> set[str]:

@@ -178,6 +178,9 @@ INLINE void render_body(const T *raw, const int32_t *index, const Tables &t, siz
     T gathered[kBlock];
     for (size_t i = 0; i < n; i += kBlock) {
         const size_t m = std::min<size_t>(kBlock, n - i);
+        // Rows of a window are short pieces of the frame: too short for the hardware to fetch ahead.
+        for (size_t k = i + kBlock; k < std::min<size_t>(n, i + 2 * kBlock); k += kGroup / 2)
+            __builtin_prefetch(raw + std::max(index[k], 0));
         for (size_t k = 0; k < m; ++k) gathered[k] = raw[std::max(index[i + k], 0)];
         any_body<T>(gathered, t.at(i), m, out + i, bits, 0.0f);
         normalize_body(out + i, m, finish.scale, finish.mode, finish.limit);
@@ -191,14 +194,23 @@ struct Strips {
     size_t rows, columns;
 };
 
+// STEP 0 and LENGTH 0 stand for any; the constant ones become vector code.
+template <int LENGTH, int STEP>
+INLINE void strip_body(const float *__restrict from, int runs, int length, float *__restrict to,
+                       int step) {
+    const int each = LENGTH ? LENGTH : length, move = STEP ? STEP : step;
+    for (int r = 0; r < runs; ++r) {
+        float most = from[r * each];
+        for (int k = 1; k < each; ++k) most = std::max(most, from[r * each + k]);
+        to[r * move] = std::max(to[r * move], most);
+    }
+}
+
 template <int LENGTH>
 INLINE void runs_body(const float *from, int runs, int length, float *to, int step) {
-    const int each = LENGTH ? LENGTH : length;
-    for (int r = 0; r < runs; ++r, from += each, to += step) {
-        float most = from[0];
-        for (int k = 1; k < each; ++k) most = std::max(most, from[k]);
-        *to = std::max(*to, most);
-    }
+    if (step == 1) strip_body<LENGTH, 1>(from, runs, length, to, step);
+    else if (step == -1) strip_body<LENGTH, -1>(from, runs, length, to, step);
+    else strip_body<LENGTH, 0>(from, runs, length, to, step);
 }
 
 INLINE void row_to_window(const float *row, const Strips &s, size_t r, float *out) {

@@ -47,6 +47,7 @@ INLINE int32_t masked_key(float value, uint8_t good) {
 template <int WIDTH>
 struct Vector {
     typedef int32_t type __attribute__((vector_size(4 * WIDTH)));
+    typedef int16_t halves __attribute__((vector_size(4 * WIDTH)));
 };
 
 // Medians of WIDTH of the kLanes columns of keys (n rows).  Comparisons give 0 or -1 per lane;
@@ -108,20 +109,64 @@ INLINE void all_lane_medians_body(const int32_t *keys, int n, int minimum, float
         lane_medians_body<WIDTH>(keys + l, n, minimum, limit, median + l);
 }
 
+template <int WIDTH>
+INLINE int32_t count_below(const int16_t *keys, int n, int16_t at) {
+    typedef typename Vector<WIDTH>::halves Lanes;
+    constexpr int lanes = 2 * WIDTH, longest = lanes * 16384;    // then a 16-bit lane might overflow
+    const Lanes limit = Lanes{} + at;
+    int32_t below = 0;
+    int i = 0;
+    while (i + 2 * lanes <= n) {
+        const int stop = n - i < longest ? n : i + longest;
+        Lanes some{}, more{}, key, second;
+        for (; i + 2 * lanes <= stop; i += 2 * lanes) {
+            std::memcpy(&key, keys + i, sizeof key);
+            std::memcpy(&second, keys + i + lanes, sizeof second);
+            some -= key < limit;
+            more -= second < limit;
+        }
+        int16_t sums[2 * lanes];
+        std::memcpy(sums, &some, sizeof some);
+        std::memcpy(sums + lanes, &more, sizeof more);
+        for (int l = 0; l < 2 * lanes; ++l) below += sums[l];
+    }
+    for (; i < n; ++i) below += keys[i] < at;
+    return below;
+}
+
+// The key of that rank: bisection over its upper half, then over the lower half of the keys that
+// share it.  `half` is scratch of n, which first holds the upper and then the lower halves.
+template <int WIDTH>
+INLINE int32_t long_rank_body(const int32_t *keys, int n, int32_t rank, int16_t *half) {
+    for (int i = 0; i < n; ++i) half[i] = static_cast<int16_t>(keys[i] >> 16);
+    uint32_t upper = 0, lower = 0;
+    int32_t before = 0;
+    for (int bit = 15; bit >= 0; --bit) {
+        const uint32_t tried = upper | 1u << bit;
+        const int32_t below = count_below<WIDTH>(half, n, static_cast<int16_t>(tried ^ 0x8000u));
+        if (below <= rank) upper = tried, before = below;
+    }
+    const int16_t shared = static_cast<int16_t>(upper ^ 0x8000u);
+    int m = 0;
+    for (int i = 0; i < n; ++i) {
+        half[m] = static_cast<int16_t>((keys[i] & 0xffff) ^ 0x8000);
+        m += keys[i] >> 16 == shared;
+    }
+    for (int bit = 15; bit >= 0; --bit) {
+        const uint32_t tried = lower | 1u << bit;
+        if (before + count_below<WIDTH>(half, m, static_cast<int16_t>(tried ^ 0x8000u)) <= rank)
+            lower = tried;
+    }
+    return static_cast<int32_t>(static_cast<uint32_t>(static_cast<uint16_t>(shared)) << 16 | lower);
+}
+
 // Median of one long vector of keys.
-INLINE float long_median_body(const int32_t *keys, int n, int minimum, float limit) {
+template <int WIDTH>
+INLINE float long_median_body(const int32_t *keys, int n, int minimum, float limit, int16_t *half) {
     int32_t count = 0;
     for (int i = 0; i < n; ++i) count += keys[i] != kMasked;
     if (count < minimum || count < 1) return 0.0f;
-    const int32_t rank = (count - 1) / 2;
-    uint32_t prefix = 0;
-    for (int bit = 31; bit >= 0; --bit) {
-        const int32_t at = static_cast<int32_t>((prefix | 1u << bit) ^ 0x80000000u);
-        int32_t below = 0;
-        for (int i = 0; i < n; ++i) below += keys[i] < at;
-        if (below <= rank) prefix |= 1u << bit;
-    }
-    const int32_t found = static_cast<int32_t>(prefix ^ 0x80000000u);
+    const int32_t found = long_rank_body<WIDTH>(keys, n, (count - 1) / 2, half);
     const float low = value_of(found);
     float middle = low;
     if (count % 2 == 0) {
@@ -145,12 +190,14 @@ struct Frame {
     float limit;
     int32_t *keys;                      // scratch
     float *medians;
+    int16_t *half;
 };
 
 INLINE void keys_of(const float *values, const uint8_t *good, size_t n, int32_t *keys) {
     for (size_t k = 0; k < n; ++k) keys[k] = masked_key(values[k], good[k]);
 }
 
+template <int WIDTH>
 INLINE void banks_body(const Frame &f) {
     const size_t all = f.panels * f.rows;
     for (size_t top = 0; top < all; top += f.bank_rows)
@@ -160,7 +207,8 @@ INLINE void banks_body(const Frame &f) {
                 const size_t at = s * f.columns + left;
                 keys_of(f.values + at, f.good + at, f.bank_columns, f.keys + n);
             }
-            const float median = long_median_body(f.keys, static_cast<int>(n), f.minimum, f.limit);
+            const float median = long_median_body<WIDTH>(f.keys, static_cast<int>(n), f.minimum, f.limit,
+                                                  f.half);
             if (median == 0.0f) continue;
             for (size_t s = top; s < top + f.bank_rows; ++s) {
                 const size_t at = s * f.columns + left;
@@ -224,19 +272,20 @@ INLINE void rows_body(const Frame &f) {
     }
 }
 
-KERNEL(banks, (const Frame &f), (f))
+KERNEL_OF_WIDTH(banks, (const Frame &f), (f))
 KERNEL_OF_WIDTH(columns, (const Frame &f), (f))
 KERNEL_OF_WIDTH(rows, (const Frame &f), (f))
 
 void subtract(py::array_t<float, py::array::c_style> values,
-              py::array_t<bool, py::array::c_style> good, const std::string &kind,
+              py::array_t<bool, py::array::c_style> good,
+              const std::vector<std::string> &kinds,
               size_t bank_rows, size_t bank_columns, float limit, int minimum) {
     if (values.ndim() != 3 || good.size() != values.size() || !values.writeable())
         throw py::value_error("values: a writeable (P, S, F) array and its mask are needed");
     Frame f{values.mutable_data(), reinterpret_cast<const uint8_t *>(good.data()),
             static_cast<size_t>(values.shape(0)), static_cast<size_t>(values.shape(1)),
             static_cast<size_t>(values.shape(2)), bank_rows, bank_columns, minimum, limit, nullptr,
-            nullptr};
+            nullptr, nullptr};
     if (!bank_rows || !bank_columns || f.rows % bank_rows || f.columns % bank_columns)
         throw py::value_error("banks do not tile the panel");
     std::vector<int32_t> keys(std::max({bank_rows * bank_columns, bank_rows * kAcross,
@@ -244,18 +293,34 @@ void subtract(py::array_t<float, py::array::c_style> values,
     std::vector<float> medians(f.columns + kAcross);
     f.keys = keys.data();
     f.medians = medians.data();
+    std::vector<int16_t> half(bank_rows * bank_columns);
+    f.half = half.data();
+    for (const auto &kind : kinds)
+        if (kind != "banks" && kind != "columns" && kind != "rows")
+            throw std::invalid_argument("kind " + kind + " is none of banks, rows, columns");
     py::gil_scoped_release free;
-    if (kind == "banks") banks(f);
-    else if (kind == "columns") columns(f);
-    else if (kind == "rows") rows(f);
-    else throw std::invalid_argument("kind " + kind + " is none of banks, rows, columns");
+    // One row of banks after the other, all kinds each, while its pixels are in the cache.
+    const size_t all = f.panels * f.rows;
+    size_t tall = bank_rows;
+    while (tall < 64 && all % (2 * tall) == 0) tall *= 2;
+    f.panels = 1;
+    f.rows = tall;
+    for (size_t top = 0; top < all; top += tall) {
+        for (const auto &kind : kinds) {
+            if (kind == "banks") banks(f);
+            else if (kind == "columns") columns(f);
+            else rows(f);
+        }
+        f.values += tall * f.columns;
+        f.good += tall * f.columns;
+    }
 }
 
 }  // namespace
 
 PYBIND11_MODULE(common_mode, m) {
     m.doc() = "Compiled common mode; called through xfel_classify.preprocess.";
-    m.def("subtract", &subtract, "values, good, kind, bank_rows, bank_columns, limit, minimum");
+    m.def("subtract", &subtract, "values, good, kinds, bank_rows, bank_columns, limit, minimum");
     m.def("variants", &variants::available, "instruction sets of this machine");
     m.def("set_variant", &variants::set_variant, "use this instruction set from now on");
 }

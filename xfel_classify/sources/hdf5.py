@@ -5,7 +5,6 @@ position in that order is their ``index``.  Without times in the files, that is 
 """
 from __future__ import annotations
 
-import glob
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,6 @@ from ..core import (
     Frame,
     RunDamaged,
     RunInfo,
-    RunNotFound,
     Shard,
     XfelClassifyError,
 )
@@ -34,9 +32,11 @@ from .run_constants import (
     HC_EV_A,
     FrameKind,
     Stated,
+    expand,
     frame_kind,
     run_constants,
     scalar_columns,
+    word,
 )
 
 __all__ = ["Source"]
@@ -267,7 +267,7 @@ class Source:
         if all(b.status_N.all() for b in self._blocks if b.events) and len(self._block_E):
             raise RunDamaged(f"no event of {', '.join(map(str, files))} can be read: "
                              f"{'; '.join(notes)}")
-        exp = config.exp or next((e for e, _ in named if e), None) or _word(files[0].stem)
+        exp = config.exp or next((e for e, _ in named if e), None) or word(files[0].stem)
         run = config.run if config.run is not None else next(
             (r for _, r in named if r is not None), 0)
         if self._kind.calibrated and dtype.kind in "iu":
@@ -419,28 +419,3 @@ class _Reader:
                 yield (planes,), planes
             else:
                 yield tuple(int(n) for n in np.unravel_index(run[0], frame[:-2])), planes
-
-
-def expand(patterns: list[str]) -> list[Path]:
-    """The files that names and globs mean, each once, those of a glob in order of their names.
-
-    Raises :class:`RunNotFound` for a name or glob that matches nothing.
-    """
-    files: dict[Path, None] = {}
-    for pattern in patterns:
-        text = str(Path(pattern).expanduser())
-        if Path(text).is_file():
-            matches = [text]
-        else:
-            matches = sorted(m for m in glob.glob(text, recursive=True) if Path(m).is_file())
-        if not matches:
-            kind = "matches no file" if glob.has_magic(text) else "does not exist"
-            raise RunNotFound(f"{pattern!r} {kind} (looked from {Path.cwd()}); give HDF5 files or "
-                              "a glob, or a run number for psana")
-        files.update(dict.fromkeys(Path(m) for m in matches))
-    return list(files)
-
-
-def _word(text: str) -> str:
-    """``text`` with everything that is no letter, digit, dash or underscore replaced."""
-    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text) or "run"

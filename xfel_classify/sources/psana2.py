@@ -126,9 +126,11 @@ class Source:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._opened is not None and not self._opened.serves:
+        # psana2 frees its shared memory collectively: a rank that fails alone must not even let
+        # go of the run, or it would wait for the others instead of saying why it failed
+        if exc and exc[0] is None and self._opened is not None:
             self._opened.run.close_shared_memory()
-        self._opened = None
+            self._opened = None
 
     @property
     def distributes(self) -> bool:

@@ -32,7 +32,7 @@ _HEADER = struct.Struct("<QIIHHI")      # time, env, source, damage, contains, e
 _XTC = struct.Struct("<IHHI")           # source, damage, contains, extent
 _TRANSITION_BYTES = 12
 _SHAPES_DATA, _DATA, _NAMES = 1, 3, 4
-_BLOCK = 4096                           # datagrams of one size decoded at a time
+_BLOCK = 4096                           # most datagrams of one size decoded at a time
 _NAME = re.compile(r"^(?P<exp>.+)-r(?P<run>\d+)-s(?P<stream>\d+)-c(?P<chunk>\d+)")
 
 
@@ -114,8 +114,9 @@ def find_streams(exp: str, run: int, directory: Path) -> list[Path]:
     """The small-data files of the run.
 
     Raises :class:`RunNotFound` when there are none, when they are another experiment's (psana2
-    would read those), or when a big-data file is missing; :class:`RunDamaged` when a stream has
-    big data and no small data (psana2 would leave its detectors out, silently).
+    would read those), or when a big-data file is missing; :class:`RunDamaged` for a run that is
+    still being written, or when a stream has big data and no small data (psana2 would leave its
+    detectors out, silently).
     """
     smd_directory = directory / "smalldata"
     if not directory.is_dir():
@@ -141,6 +142,12 @@ def find_streams(exp: str, run: int, directory: Path) -> list[Path]:
         strangers = ", ".join(p.name for p in smd if p not in own)
         raise RunNotFound(f"{smd_directory} also holds run {run} of another experiment "
                           f"({strangers}), which psana2 would mix in; move these files elsewhere")
+    unfinished = [p.name for p in (*own, *big) if p.name.endswith(".inprogress")]
+    if unfinished:
+        raise RunDamaged(
+            f"run {run} of {exp} is still being written ({', '.join(unfinished)}); wait until the "
+            "data acquisition has closed it: psana2 reads such files only in its live mode, which "
+            "is not supported here")
     chunks = {m["stream"] for p in own if (m := _NAME.match(p.name))}
     orphans = [p.name for p in big
                if (m := _NAME.match(p.name)) and m["stream"] not in chunks]
@@ -212,10 +219,7 @@ def _big_file(smd: Path, chunk: int) -> Path:
     match = _NAME.match(base)
     if match and chunk:
         base = f"{base[:match.start('chunk')]}{int(match['chunk']) + chunk:03d}"
-    path = smd.parent.parent / f"{base}.xtc2"
-    if not path.exists() and path.with_name(path.name + ".inprogress").exists():
-        return path.with_name(path.name + ".inprogress")
-    return path
+    return smd.parent.parent / f"{base}.xtc2"
 
 
 def _union(streams: tuple[Stream, ...]) -> RunIndex:
@@ -249,7 +253,10 @@ def _index_stream(smd: Path) -> Stream:
     missing = 0
     for chunk in np.unique(chunk_E).astype(int):
         path = _big_file(smd, chunk)
-        length = path.stat().st_size if path.exists() else 0
+        if not path.exists():
+            raise RunNotFound(f"{path} does not exist, but {smd.name} lists events in it; psana2 "
+                              "cannot read the run without it: copy it again")
+        length = path.stat().st_size
         mine = chunk_E == chunk
         ends = offsets + sizes
         readable[mine & (ends > length)] = False
@@ -272,18 +279,19 @@ class _Datagrams(NamedTuple):
 def _datagrams(raw: np.ndarray) -> _Datagrams:
     """The datagrams of a file of small datagrams."""
     services, times, positions, sizes, damages = [], [], [], [], []
-    at, end = 0, len(raw)
+    at, end, block = 0, len(raw), 16
     while at + _HEADER.size <= end:
         extent = _HEADER.unpack_from(raw.data, at)[5]
         size = _TRANSITION_BYTES + extent
         if extent < _XTC.size or at + size > end:
             break
         # a run of datagrams of this size is decoded at once
-        many = min(_BLOCK, (end - at) // size)
+        many = min(block, (end - at) // size)
         rows = raw[at: at + many * size].reshape(many, size)
         head = np.ascontiguousarray(rows[:, :_HEADER.size])
         same = head[:, 20:24].view("<u4")[:, 0] == extent
         many = many if same.all() else int(np.argmin(same))
+        block = min(_BLOCK, 2 * max(many, 16))
         head = head[:many]
         times.append(head[:, :8].view("<u8")[:, 0])
         services.append((head[:, 8:12].view("<u4")[:, 0] >> 24) & 0xf)
@@ -343,18 +351,16 @@ def _smdinfo(path: Path, raw: np.ndarray, found: _Datagrams,
         if relative is None:
             raise RunDamaged(f"{path}: the event at byte {start} does not say where its big data "
                              "are; make the small-data file anew with smdwriter")
-        # the same place in every other event that has the same record there
-        starts = at[where]
-        fits = undecoded & (starts + relative + 16 <= len(raw))
-        record = relative - 3 * _XTC.size
-        for part in range(0, 3 * _XTC.size, 4):
-            word = raw[start + record + part: start + record + part + 4].view("<u4")[0]
-            taken = raw[np.minimum(starts + record + part, len(raw) - 4)[:, None] + np.arange(4)]
-            fits &= np.ascontiguousarray(taken).view("<u4")[:, 0] == word
-        fits[first] = True
-        taken = raw[(starts[fits] + relative)[:, None] + np.arange(16)]
-        pairs[fits] = np.ascontiguousarray(taken).view("<i8")
-        undecoded &= ~fits
+        # the same place in every other event that has the same record headers there
+        headers = 3 * _XTC.size
+        span = np.arange(relative - headers, relative + 16)
+        todo = np.flatnonzero(undecoded)
+        todo = todo[at[where[todo]] + relative + 16 <= len(raw)]
+        taken = raw[at[where[todo]][:, None] + span]
+        same = (taken[:, :headers] == raw[start + span[:headers]]).all(axis=1)
+        same |= todo == first
+        pairs[todo[same]] = np.ascontiguousarray(taken[same, headers:]).view("<i8")
+        undecoded[todo[same]] = False
     return pairs[:, 0], pairs[:, 1]
 
 

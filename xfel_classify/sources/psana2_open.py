@@ -65,10 +65,11 @@ def import_psana() -> Any:
     return psana
 
 
-def check_ranks() -> int:
+def check_ranks(exp: str) -> int:
     """Ranks that psana sees; refuses too few, on every rank and before anything is opened.
 
-    Raises :class:`ConfigurationError`.
+    ``exp`` "" means that files are read one by one, which any number of ranks may do.  Raises
+    :class:`ConfigurationError`.
     """
     counts = {}
     for name, default in (("PS_EB_NODES", 1), ("PS_SRV_NODES", 0)):
@@ -80,6 +81,10 @@ def check_ranks() -> int:
     from psana import datasource
 
     ranks = int(datasource.world_size)
+    if not exp:
+        return ranks
+    if exp.lower().startswith("mfx"):
+        counts["PS_EB_NODES"] = 1       # psana2 sets it itself, at most one for each node
     needed = 2 + counts["PS_EB_NODES"] + counts["PS_SRV_NODES"]
     if 1 < ranks < needed:
         special = ", ".join(f"{k}={v}" for k, v in counts.items())
@@ -118,13 +123,13 @@ def network_guard(provider: Provider | None, notes: list[str]) -> Iterator[None]
             ds_base.requests = requests
 
     def constants_or_none(det: str, *args: Any, **options: Any) -> Any:
+        if notes:                       # asked in vain once: not again for every detector
+            return {}
         try:
             return ask_constants(det, *args, **options)
         except failures as error:
-            note = ("psana's calibration database cannot be reached "
-                    f"({type(error).__name__}); give --constants FILE")
-            if note not in notes:
-                notes.append(note)
+            notes.append("psana's calibration database cannot be reached "
+                         f"({type(error).__name__}); give --constants FILE")
             return {}
 
     ds_base.DataSourceBase._get_file_info_from_db = files_or_none
@@ -148,7 +153,7 @@ def open_run(arguments: Mapping[str, Any], what: str, *, provider: Provider | No
     Collective under MPI.  Raises :class:`RunNotFound`, :class:`RunDamaged`.
     """
     psana = import_psana()
-    ranks = check_ranks()
+    ranks = check_ranks(str(arguments.get("exp", "")))
     notes: list[str] = []
     with network_guard(provider, notes):
         try:

@@ -6,6 +6,7 @@ precedence, and the refusals when something that cannot be guessed is missing.
 from __future__ import annotations
 
 import dataclasses
+import glob
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -21,10 +22,11 @@ from ..core import (
     ConstantsError,
     Geometry,
     GeometryError,
+    RunNotFound,
 )
 
-__all__ = ["HC_EV_A", "FrameKind", "Stated", "frame_kind", "geometry_of",
-           "plausible", "run_constants", "scalar_columns"]
+__all__ = ["HC_EV_A", "FrameKind", "Stated", "expand", "frame_kind", "geometry_of",
+           "plausible", "run_constants", "scalar_columns", "word"]
 
 HC_EV_A = 12398.419843320026
 """Photon energy times wavelength, eV x Angstrom (CODATA 2018, exact)."""
@@ -209,3 +211,28 @@ def scalar_columns() -> dict[str, Column]:
         "distance_m": Column("float64", unit="m", doc="sample to detector distance"),
         "step_value": Column("float64", doc="value of the scan variable"),
     }
+
+
+def expand(patterns: list[str]) -> list[Path]:
+    """The files that names and globs mean, each once, those of a glob in order of their names.
+
+    Raises :class:`RunNotFound` for a name or glob that matches nothing.
+    """
+    files: dict[Path, None] = {}
+    for pattern in patterns:
+        text = str(Path(pattern).expanduser())
+        if Path(text).is_file():
+            matches = [text]
+        else:
+            matches = sorted(m for m in glob.glob(text, recursive=True) if Path(m).is_file())
+        if not matches:
+            kind = "matches no file" if glob.has_magic(text) else "does not exist"
+            raise RunNotFound(f"{pattern!r} {kind} (looked from {Path.cwd()}); give HDF5 files or "
+                              "a glob, or a run number for psana")
+        files.update(dict.fromkeys(Path(m) for m in matches))
+    return list(files)
+
+
+def word(text: str) -> str:
+    """``text`` with everything that is no letter, digit, dash or underscore replaced."""
+    return "".join(c if c.isalnum() or c in "-_" else "_" for c in text) or "run"
