@@ -5,8 +5,6 @@
 # psana2 keeps two of the ranks for itself (it reads the index and builds events there).
 set -euo pipefail
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# after SIGTERM ranks get this many seconds to flush before Open MPI kills them
-export OMPI_MCA_odls_base_sigkill_timeout="${OMPI_MCA_odls_base_sigkill_timeout:-30}"
 if [ -n "${RANKS:-}" ]; then
     # may be more than there are cores: psana2's own two ranks have little to do
     export OMPI_MCA_rmaps_base_oversubscribe=1

@@ -12,10 +12,18 @@
 #SBATCH --signal=B:TERM@120
 set -euo pipefail
 export OMP_NUM_THREADS=1
-export OMPI_MCA_odls_base_sigkill_timeout=60
 case " $* " in
     *" --resume "* | *" --overwrite "* | *" --dry-run "*) ;;
     *) set -- "$@" --resume ;;
 esac
-# exec: the batch shell becomes mpirun, which hands the signal on to the ranks
-exec mpirun -n "${SLURM_NTASKS:-64}" xfel-classify run "$@"
+mpirun -n "${SLURM_NTASKS:-64}" xfel-classify run "$@" &
+job=$!
+# mpirun itself would kill the ranks one second after a signal; the ranks need longer to flush
+trap 'pkill -TERM -P "$job" || true' TERM INT
+code=0
+wait "$job" || code=$?
+while kill -0 "$job" 2>/dev/null; do    # a signal ends the wait, not the job
+    code=0
+    wait "$job" || code=$?
+done
+exit "$code"

@@ -37,17 +37,20 @@ def scattered_geometry(shape, rng, tilt=True) -> Geometry:
         y[i] = at[1] + np.sin(angle) * fs + np.cos(angle) * ss
     x, y = (x * size).astype(np.float32), (y * size).astype(np.float32)
     bad = rng.random(shape) < 0.02
+    bad[0, 0, 0] = False
     return Geometry(x, y, np.zeros_like(x), size, bad_PSF=bad)
 
 
 def gain_run(shape, rng, geometry):
     kind = dataclasses.replace(detector("jungfrau"), panel_shape_SF=None)
     stages = (3, *shape)
+    status = (rng.random(stages) < 0.03).astype(np.uint64)
+    status[:, 0, 0, 0] = 0
     constants = make_constants(kind, shape, {
         "pedestals": rng.normal(3000, 50, stages),
         "pixel_gain": rng.normal(40, 3, stages) * np.array([1, -.03, -.003])[:, None, None, None],
         "pixel_offset": rng.normal(0, 2, stages),
-        "pixel_status": (rng.random(stages) < 0.03).astype(np.uint64)}, geometry)
+        "pixel_status": status}, geometry)
     codes = rng.choice([0, 1, 2, 3], shape, p=[0.9, 0.06, 0.01, 0.03]).astype(np.uint16)
     return constants, rng.integers(2000, 9000, shape).astype(np.uint16) | codes << 14
 
@@ -110,6 +113,29 @@ def test_standardize_and_friends_ignore_masked_pixels(normalize):
         inside = good[10:30, 13:37]
         assert abs(a[inside].mean()) < 1e-6 and abs(a[inside].std() - 1) < 1e-6
         assert not a[~inside].any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 3), st.integers(1, 3), st.integers(1, 60), st.integers(1, 2100),
+       st.integers(0, 2**31), st.sampled_from(["uint16", "float32"]))
+def test_pixels_side_by_side_are_copied_either_way_round(turns, p, s, f, seed, dtype):
+    """Axis-aligned panels with gaps, turned by quarters, wider than the kernel's blocks."""
+    rng = np.random.default_rng(seed)
+    geometry = scattered_geometry((p, s, f), rng, tilt=False)
+    x, y = geometry.x_m_PSF, geometry.y_m_PSF
+    for _ in range(turns):
+        x, y = -y, x
+    geometry = dataclasses.replace(geometry, x_m_PSF=x, y_m_PSF=y)
+    good = rng.random((p, s, f)) > 0.01
+    good[0, 0, 0], geometry.bad_PSF[...] = True, False
+    constants = uncalibrated_constants((p, s, f), geometry, good)
+    raw = rng.integers(0, 65536, (p, s, f)).astype(dtype)
+    window = Window(height=61, width=int(rng.integers(1, 3000)), normalize="none")
+    plan = preprocess.plan_render(constants, window)
+    out = np.empty(window.shape, np.float32)
+    preprocess.render(raw, plan, out)
+    expected = np.where(plan.index_HW >= 0, raw.ravel()[np.maximum(plan.index_HW, 0)], 0)
+    np.testing.assert_array_equal(out, expected.astype(np.float32))
 
 
 @pytest.mark.parametrize("bar", ["baseline", "avx2", "avx512"])

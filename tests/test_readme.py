@@ -127,3 +127,20 @@ def test_workflow_script_submits_the_run_it_is_told(tmp_path: Path) -> None:
     said = subprocess.run(["bash", ROOT / "mpi_jobs" / "arp.sh", "--peaks", "none"], env=path,
                           text=True, capture_output=True, check=True).stdout
     assert "slurm.sh 95 --exp mfxl1033223 -o ./mfxl1033223_r0095 --peaks none" in said
+
+
+def test_slurm_script_hands_the_warning_on_to_the_ranks(tmp_path: Path) -> None:
+    (tmp_path / "mpirun").write_text(
+        "#!/bin/bash\n"
+        "trap 'echo mpirun was signalled; exit 1' TERM\n"
+        "bash -c 'trap \"echo flushed; exit 130\" TERM\n"
+        "echo ready; while :; do sleep 0.1; done' &\n"
+        "wait $!\n")
+    (tmp_path / "mpirun").chmod(0o755)
+    path = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    with subprocess.Popen(["bash", ROOT / "mpi_jobs" / "slurm.sh", "95"], env=path, text=True,
+                          stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None and job.stdout.readline() == "ready\n"
+        job.terminate()
+        said, _ = job.communicate(timeout=30)
+    assert said == "flushed\n" and job.returncode == 130

@@ -17,6 +17,7 @@ not finite counts as masked in its frame.
 """
 from __future__ import annotations
 
+import importlib
 import logging
 import weakref
 from dataclasses import dataclass
@@ -25,10 +26,19 @@ from typing import Any
 import numpy as np
 
 from .core import ConfigurationError, Constants, ConstantsError, EventError, EventStatus, Window
+from .window_maps import (
+    NORMALIZE,
+    TIE_PX,
+    check_window,
+    covering_pixels,
+    segments,
+    strips,
+    window_axes,
+)
 
 try:
-    from .native import calibrate as _native
-    from .native import common_mode as _native_common
+    _native: Any = importlib.import_module(".native.calibrate", __package__)
+    _native_common: Any = importlib.import_module(".native.common_mode", __package__)
 except ImportError:             # a checkout that was never built
     _native = _native_common = None
 
@@ -39,12 +49,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-TIE_PX = 1 / 256
-"""Sampling points lie this far off window pixel centres, so that rounding noise of positions
-(float32: about 1e-4 pixel) cannot decide which of two equally near pixels is taken."""
-
 _NATIVE_DTYPES = ("uint8", "uint16", "int16", "int32", "uint32", "float32", "float64")
-_NORMALIZE = ("none", "clip", "sqrt_floor", "standardize")
 
 
 def compiled() -> bool:
@@ -275,6 +280,7 @@ class RenderPlan:
     factor_HW: np.ndarray | None = None
     pedestals_GHW: np.ndarray | None = None
     gains_GHW: np.ndarray | None = None
+    segments: np.ndarray | None = None
     target_PSF: np.ndarray | None = None
     pooling: dict[str, Any] | None = None
 
@@ -284,14 +290,14 @@ def plan_render(constants: Constants, window: Window) -> RenderPlan:
 
     Raises :class:`ConfigurationError` for a window no frame can fill.
     """
-    _check_window(window)
+    check_window(window)
     good = np.ascontiguousarray(constants.good_PSF, bool)
     geometry = constants.geometry
     placed = np.ones(good.shape, bool) if geometry.bad_PSF is None else ~geometry.bad_PSF
     row, column = _window_position(constants, window)
     if window.pool > 1:
         return _plan_pooled(constants, window, row, column, good, placed)
-    index = _covering_pixels(row, column, window.shape, placed)
+    index = covering_pixels(row, column, window.shape, placed)
     index[index >= 0] = np.where(good.ravel()[index[index >= 0]], index[index >= 0], -1)
     inside = index >= 0
     there = np.where(inside, index, 0)
@@ -310,37 +316,8 @@ def plan_render(constants: Constants, window: Window) -> RenderPlan:
         panels=tuple(int(p) for p in np.unique(index[inside] // per_panel)),
         good_PSF=good, index_HW=index.astype(np.int32),
         pedestal_HW=np.where(inside, tables.pedestal_PSF.ravel()[there], np.float32(0)),
-        factor_HW=np.where(inside, tables.factor_PSF.ravel()[there], np.float32(0)), **more)
-
-
-def _check_window(window: Window) -> None:
-    wrong = ""
-    if window.kind not in ("crop", "downsample", "quadrant"):
-        wrong = f"kind {window.kind!r} is none of crop, downsample, quadrant"
-    elif window.normalize not in _NORMALIZE:
-        wrong = f"normalize {window.normalize!r} is none of {', '.join(_NORMALIZE)}"
-    elif window.kind == "quadrant" and window.quadrant not in _AXES:
-        wrong = f"quadrant {window.quadrant!r} is none of A, B, C, D"
-    elif min(window.height, window.width, window.pool) < 1:
-        wrong = f"height, width and pool are {window.height}, {window.width}, {window.pool}"
-    elif window.normalize in ("clip", "sqrt_floor") and not window.clip > 0:
-        wrong = f"clip is {window.clip}"
-    if wrong:
-        raise ConfigurationError(f"a window was to be planned; {wrong}; correct the model's card")
-
-
-# Window row and column as (detector axis, sign): x to the right and y up as seen in the window.
-# Quadrants are turned so that the beam is at their pixel (0, 0): rot90 by 2, 3, 1, 0.
-_AXES = {"": (("y", -1), ("x", 1)), "A": (("y", 1), ("x", -1)), "B": (("x", 1), ("y", 1)),
-         "C": (("x", -1), ("y", -1)), "D": (("y", -1), ("x", 1))}
-
-
-def _axes(window: Window) -> tuple[tuple[str, int, float], tuple[str, int, float]]:
-    """(axis, sign, shift in detector pixels) of window rows and columns."""
-    quadrant = window.kind == "quadrant"
-    (row, row_sign), (column, column_sign) = _AXES[window.quadrant if quadrant else ""]
-    half = 0.0 if quadrant else window.pool / 2
-    return (row, row_sign, window.height * half), (column, column_sign, window.width * half)
+        factor_HW=np.where(inside, tables.factor_PSF.ravel()[there], np.float32(0)),
+        segments=segments(index), **more)
 
 
 def _window_position(constants: Constants, window: Window) -> tuple[np.ndarray, np.ndarray]:
@@ -348,56 +325,8 @@ def _window_position(constants: Constants, window: Window) -> tuple[np.ndarray, 
     geometry = constants.geometry
     metres = {"x": geometry.x_m_PSF, "y": geometry.y_m_PSF}
     row, column = (sign * (metres[axis].astype(np.float64) / geometry.pixel_size_m) + shift
-                   for axis, sign, shift in _axes(window))
+                   for axis, sign, shift in window_axes(window))
     return row, column
-
-
-def _covering_pixels(row: np.ndarray, column: np.ndarray, shape: tuple[int, int],
-                     placed: np.ndarray) -> np.ndarray:
-    """int64 (H, W): the pixel that covers the sampling point of each window pixel, or -1."""
-    height, width = shape
-    steps = [_steps(row, column, axis) for axis in (1, 2)]
-    near = placed & (row > -1) & (row < height + 1) & (column > -1) & (column < width + 1)
-    pixel = np.flatnonzero(near)
-    r, c = row.ravel()[pixel], column.ravel()[pixel]
-    ss, fs = (np.stack([v.ravel()[pixel] for v in step]) for step in steps)
-    area = ss[0] * fs[1] - ss[1] * fs[0]
-    area[area == 0] = np.nan            # pixels on one spot cover nothing
-    best = np.full(height * width, np.iinfo(np.int64).max)
-    for up in (0, 1):
-        for left in (0, 1):
-            at_r, at_c = np.floor(r - 0.5) + up, np.floor(c - 0.5) + left
-            dr, dc = at_r + 0.5 + TIE_PX - r, at_c + 0.5 + TIE_PX - c
-            along_s = (dr * fs[1] - dc * fs[0]) / area
-            along_f = (ss[0] * dc - ss[1] * dr) / area
-            half = 0.5 + 0.25 * TIE_PX
-            covers = ((np.abs(along_s) <= half) & (np.abs(along_f) <= half)
-                      & (at_r >= 0) & (at_r < height) & (at_c >= 0) & (at_c < width))
-            distance = ((dr * dr + dc * dc)[covers] * 2**24).astype(np.int64)
-            cell = (at_r * width + at_c)[covers].astype(np.int64)
-            np.minimum.at(best, cell, distance << 36 | pixel[covers])
-    found = best != np.iinfo(np.int64).max
-    return np.where(found, best & (1 << 36) - 1, -1).reshape(shape)
-
-
-def _steps(row: np.ndarray, column: np.ndarray, axis: int) -> tuple[np.ndarray, np.ndarray]:
-    """Step to the nearer neighbour along an axis, as (rows, columns) per pixel.
-
-    Steps longer than usual (wide pixels at ASIC borders) are cut to the usual length.
-    """
-    n = row.shape[axis]
-    if n == 1:                  # no neighbour: at right angles to the other axis
-        if row.shape[3 - axis] == 1:
-            return np.full(row.shape, 2.0 - axis), np.full(row.shape, axis - 1.0)
-        other = _steps(row, column, 3 - axis)
-        return other[1], -other[0]
-    d = np.stack([np.diff(row, axis=axis), np.diff(column, axis=axis)])
-    ahead = np.concatenate([d, np.take(d, [-1], axis=axis + 1)], axis=axis + 1)
-    behind = np.concatenate([np.take(d, [0], axis=axis + 1), d], axis=axis + 1)
-    step = np.where(np.hypot(*ahead) <= np.hypot(*behind), ahead, behind)
-    length = np.maximum(np.hypot(*step), 1e-9)
-    step *= np.minimum(1.0, max(1.0, float(np.median(length))) / length)
-    return step[0], step[1]
 
 
 def _plan_pooled(constants: Constants, window: Window, row: np.ndarray, column: np.ndarray,
@@ -412,45 +341,12 @@ def _plan_pooled(constants: Constants, window: Window, row: np.ndarray, column: 
     good_HW[target[used]] = True
     pedestal, factor = _stage0(constants).barred()
     pooling: dict[str, Any] = {"pedestal_PSF": pedestal, "factor_PSF": factor,
-                               "constants": constants, **_strips(target)}
+                               "constants": constants, **strips(target)}
     return RenderPlan(
         window=window, shape=constants.shape, gain_bits=constants.gain_bits,
         good_HW=good_HW.reshape(height, width),
         panels=tuple(int(p) for p in np.flatnonzero(used.any(axis=(1, 2)))),
         good_PSF=good, target_PSF=target, pooling=pooling)
-
-
-def _strips(target_PSF: np.ndarray) -> dict[str, np.ndarray]:
-    """Row by row, where pixels go: runs of equal target, and strips of evenly spaced runs.
-
-    ``strips`` is int32 (n, 5): first column, number of runs, pixels per run, first target, step;
-    ``row_strips`` (rows + 1) delimits those of a row; ``repeats`` marks rows whose targets are
-    those of the row before, which the kernel reduces together.
-    """
-    f = target_PSF.shape[-1]
-    rows = target_PSF.reshape(-1, f)
-    new_run = np.ones(rows.shape, bool)
-    new_run[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    start = np.flatnonzero(new_run)
-    length = np.diff(np.append(start, rows.size))
-    target = rows.ravel()[start]
-    start, length, target = (v[target >= 0].astype(np.int64) for v in (start, length, target))
-    repeats = np.zeros(len(rows), np.uint8)
-    repeats[1:] = (rows[1:] == rows[:-1]).all(axis=1)
-    joined = ((start[1:] == start[:-1] + length[:-1]) & (length[1:] == length[:-1])
-              & (start[1:] // f == start[:-1] // f))
-    step = np.diff(target)
-    first = np.ones(len(start), bool)
-    first[1:] = ~joined
-    first[2:] |= joined[:-1] & (step[1:] != step[:-1])
-    at = np.flatnonzero(first)
-    runs = np.diff(np.append(at, len(start)))
-    strips = np.stack([start[at] % f, runs, length[at], target[at],
-                       np.where(runs > 1, np.append(step, 0)[at], 0)] if len(at) else
-                      [np.zeros(0, np.int64)] * 5, axis=1)
-    row_strips = np.searchsorted(start[at] // f, np.arange(len(rows) + 1))
-    return {"strips": np.ascontiguousarray(strips, np.int32),
-            "row_strips": row_strips.astype(np.int64), "repeats": repeats}
 
 
 def render(raw_PSF: np.ndarray, plan: RenderPlan, out_HW: np.ndarray, scale: float = 1.0) -> None:
@@ -466,18 +362,18 @@ def render(raw_PSF: np.ndarray, plan: RenderPlan, out_HW: np.ndarray, scale: flo
     if _native is None or plan.window.normalize == "standardize" and raw_PSF.dtype.kind == "f":
         out_HW[...] = _render_reference(raw_PSF, plan, scale)
         return
-    mode = _NORMALIZE.index(plan.window.normalize)
+    mode = NORMALIZE.index(plan.window.normalize)
     clip, mode = float(plan.window.clip), 0 if mode == 3 else mode
     filled = out_HW if out_HW.flags.c_contiguous else np.empty(out_HW.shape, np.float32)
     if plan.pooling is None:
-        _native.render(raw_PSF, plan.index_HW, plan.pedestal_HW, plan.factor_HW,
-                       plan.pedestals_GHW, plan.gains_GHW, plan.gain_bits, float(scale), mode,
-                       clip, filled)
+        _native.render(raw_PSF, plan.index_HW, plan.segments, plan.pedestal_HW,
+                       plan.factor_HW, plan.pedestals_GHW, plan.gains_GHW, plan.gain_bits,
+                       float(scale), mode, clip, filled)
     else:
         steps, constants = plan.pooling, plan.pooling["constants"]
         _native.pool(raw_PSF, steps["pedestal_PSF"], steps["factor_PSF"],
-                     *_stage0(constants).stages, plan.gain_bits, steps["strips"], steps["row_strips"], steps["repeats"],
-                     float(scale), mode, clip, filled)
+                     *_stage0(constants).stages, plan.gain_bits, steps["strips"],
+                     steps["row_strips"], steps["repeats"], float(scale), mode, clip, filled)
     if plan.window.normalize == "standardize":
         filled[...] = _normalized(filled, plan.good_HW, plan.window)
     if filled is not out_HW:
@@ -493,6 +389,7 @@ def _render_reference(raw_PSF: np.ndarray, plan: RenderPlan, scale: float) -> np
             values = np.where(np.isfinite(raw_PSF), values, np.float32(np.nan))
         return window(values, plan, scale)
     assert plan.index_HW is not None and plan.factor_HW is not None
+    assert plan.pedestal_HW is not None
     there = np.where(plan.good_HW, plan.index_HW, 0)
     words, stages = _stages(raw_PSF.ravel()[there], plan.gain_bits)
     values = np.zeros(there.shape, np.float32)
@@ -519,8 +416,8 @@ def window(calibrated_PSF: np.ndarray, plan: RenderPlan, scale: float = 1.0) -> 
     used = (plan.target_PSF >= 0) & plan.good_PSF & np.isfinite(calibrated_PSF)
     pooled = np.full(plan.good_HW.size, -np.inf, np.float32)
     np.maximum.at(pooled, plan.target_PSF[used], calibrated_PSF[used])
-    pooled = pooled.reshape(plan.good_HW.shape)
-    return _finished(pooled, pooled > -np.inf, plan.window, scale)
+    pooled_HW = pooled.reshape(plan.good_HW.shape)
+    return _finished(pooled_HW, pooled_HW > -np.inf, plan.window, scale)
 
 
 def _finished(values_HW: np.ndarray, good_HW: np.ndarray, window: Window, scale: float
@@ -555,11 +452,11 @@ def image_window(image_HW: np.ndarray, window: Window,
 
     Raises :class:`ConfigurationError` for a window no frame can fill.
     """
-    _check_window(window)
+    check_window(window)
     n_s, n_f = image_HW.shape
     fast, slow = (n_f / 2, n_s / 2) if beam_center_px is None else beam_center_px
     picks = []
-    for (axis, sign, shift), n in zip(_axes(window), window.shape, strict=True):
+    for (axis, sign, shift), n in zip(window_axes(window), window.shape, strict=True):
         at = sign * (np.arange(n * window.pool) + 0.5 + TIE_PX - shift)
         picks.append((axis, np.floor(fast + at if axis == "x" else slow - at).astype(np.int64)))
     (row_axis, row), (_, column) = picks

@@ -45,21 +45,20 @@ ring (OM and CrystFEL draw them at random): about twice as fast, and nearly the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import msgspec
 import numpy as np
 
 from ..core import CalibratedFrame, ConfigurationError, Constants, RunInfo
 from ..native import peakfinder8 as native
-from .peaks import PeakAnalysis, Peaks, pixel_threshold, require
+from .peaks import PeakAnalysis, Peaks, Threshold, require
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What decides about a peak; names as in Cheetah, OM and CrystFEL."""
 
     adc_threshold: float            # least pixel value, in the unit of the frame
-    minimum_snr: float = 5.0
+    minimum_snr: float = 7.0
     min_pixel_count: int = 2
     max_pixel_count: int = 30
     local_bg_radius: int = 4        # pixels
@@ -118,7 +117,7 @@ class Analysis(PeakAnalysis):
 
         adc_threshold: float | None = None  # least pixel value in the unit of calibrated frames;
                                             # None = 3 photons (keV: x photon energy; ADU: 100)
-        minimum_snr: float = 5.0
+        minimum_snr: float = 7.0
         min_pixel_count: int = 2
         max_pixel_count: int = 30
         local_bg_radius: int = 4            # pixels
@@ -155,17 +154,18 @@ class Analysis(PeakAnalysis):
             fast_samples=config.fast_samples,
             asics=asics_of(config.asics, run.detector_kind, constants.shape))
 
-    def find_peaks(self, frame: CalibratedFrame) -> Peaks:
-        threshold = pixel_threshold(self._config.adc_threshold, self._unit, frame.photon_energy_eV)
-        return self._finder.find(frame.calibrated_PSF, threshold)
+    def thresholds(self) -> Mapping[str, Threshold]:
+        return {"adc_threshold": adc_threshold(self._config.adc_threshold)}
 
-    def attributes(self) -> Mapping[str, Any]:
-        config = self._config
-        stated = config.adc_threshold is not None
-        return {f"{config.prefix}_finder": self.finder,
-                f"{config.prefix}_adc_threshold":
-                    f"{config.adc_threshold:g} {self._unit}" if stated
-                    else "100 ADU" if self._unit == "ADU" else "3 photons"}
+    def find_peaks(self, frame: CalibratedFrame) -> Peaks:
+        threshold = self.thresholds()["adc_threshold"]
+        return self._finder.find(frame.calibrated_PSF,
+                                 threshold.value(self._unit, frame.photon_energy_eV))
+
+
+def adc_threshold(stated: float | None) -> Threshold:
+    """The stated threshold, else 3 photons (100 ADU, as OM and Cheetah have it)."""
+    return Threshold(stated, photons=3.0, adu=100.0)
 
 
 def asics_of(stated: tuple[int, int] | None, detector_kind: str,

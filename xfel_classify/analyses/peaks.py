@@ -13,12 +13,6 @@ import numpy as np
 
 from ..core import Batch, CalibratedFrame, Column, ConfigurationError, Constants, RunInfo, Total
 
-DEFAULT_THRESHOLD_PHOTONS = 3.0
-"""Pixel threshold where the configuration states none, for frames in photons or keV."""
-
-DEFAULT_THRESHOLD_ADU = 100.0
-"""The same for frames in ADU: the default that OM, Cheetah and LUTE users know."""
-
 
 @dataclass
 class Peaks:
@@ -104,20 +98,31 @@ def within(radius_px_PSF: np.ndarray, good_PSF: np.ndarray, min_res: float,
     return chosen_PSF
 
 
-def pixel_threshold(stated: float | None, unit: str, photon_energy_eV: float,
-                    photons: float = DEFAULT_THRESHOLD_PHOTONS) -> float:
-    """A threshold on pixel values: the stated one, else ``photons`` in the frame's unit.
+@dataclass(frozen=True)
+class Threshold:
+    """A threshold on pixel values that is derived from the unit when it is not stated.
 
-    keV: ``photons`` times the photon energy of the event; photon: ``photons``; ADU, where
-    nothing tells how many a photon makes: :data:`DEFAULT_THRESHOLD_ADU` at three photons.
+    Frames in photons: ``photons``; in keV: ``photons`` times the event's photon energy; in ADU,
+    where nothing tells how many of them a photon makes: ``adu``.
     """
-    if stated is not None:
-        return stated
-    if unit == "keV":
-        return photons * photon_energy_eV / 1000
-    if unit == "photon":
-        return photons
-    return DEFAULT_THRESHOLD_ADU * photons / DEFAULT_THRESHOLD_PHOTONS
+
+    stated: float | None
+    photons: float
+    adu: float
+
+    def value(self, unit: str, photon_energy_eV: float) -> float:
+        """The threshold in ``unit``."""
+        if self.stated is not None:
+            return self.stated
+        if unit == "keV":
+            return self.photons * photon_energy_eV / 1000
+        return self.photons if unit == "photon" else self.adu
+
+    def text(self, unit: str) -> str:
+        """For the summary: what was asked for."""
+        if self.stated is not None:
+            return f"{self.stated:g} {unit}"
+        return f"{self.adu:g} ADU" if unit == "ADU" else f"{self.photons:g} photons"
 
 
 def require(condition: bool, asked: str, rule: str) -> None:
@@ -205,8 +210,15 @@ class PeakAnalysis:
     def totals(self) -> Mapping[str, Total]:
         return {}
 
-    def attributes(self) -> Mapping[str, Any]:
+    def thresholds(self) -> Mapping[str, Threshold]:
+        """The thresholds that may be derived from the unit, by the name of their option."""
         return {}
+
+    def attributes(self) -> Mapping[str, Any]:
+        prefix = self._config.prefix
+        return {f"{prefix}_finder": self.finder} | {
+            f"{prefix}_{name}": threshold.text(self._unit)
+            for name, threshold in self.thresholds().items()}
 
     def close(self) -> None:
         self._found = {}

@@ -21,6 +21,7 @@ import numpy as np
 
 from ..core import OutputDamaged, OutputExists, SourceError
 from .doctor import Mpirun, find_mpirun, probe
+from .simulate import write_run
 
 EXP, RUN = "mfxdemo95", 95
 MARKER = ".xfel-classify-demo"
@@ -48,9 +49,11 @@ def execute(args: argparse.Namespace) -> int:
     say(f"1. simulating run {RUN}: {args.events} events of a Jungfrau with {args.segments} "
         f"panel{'s' if args.segments > 1 else ''} as {'xtc2' if mpirun else 'HDF5'} files")
     started = time.monotonic()
-    run = simulate(out / "run", args, xtc2=mpirun is not None)
+    run = write_run(out / "run", form="xtc2" if mpirun else "hdf5", events=args.events,
+                    segments=args.segments, seed=args.seed, number=RUN, exp=EXP, preset="demo")
     simulated_s = time.monotonic() - started
-    command = [*(mpirun.command(args.ranks) if mpirun else []), *program(), "run", *run.arguments,
+    what = [str(RUN), "--exp", EXP, "--dir", str(out / "run")] if mpirun else map(str, run.files)
+    command = [*(mpirun.command(args.ranks) if mpirun else []), *program(), "run", *what,
                "--constants", str(run.constants), "-o", str(out / "results")]
     say(f"2. {shown(command)}")
     started = time.monotonic()
@@ -114,20 +117,6 @@ def shown(command: list[str]) -> str:
     words = [Path(word).name if word == program()[0] or word.endswith(("mpirun", "mpiexec"))
              else word for word in command]
     return shlex.join(words)
-
-
-@dataclass(frozen=True)
-class SimulatedRun:
-    """Where the simulated run is and how to name it to ``xfel-classify run``."""
-
-    arguments: list[str]
-    constants: Path
-    truth: Path
-
-
-def simulate(directory: Path, args: argparse.Namespace, *, xtc2: bool) -> SimulatedRun:
-    """Write the run; the same seed gives the same events in both formats."""
-    raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ Axes: N images of a run, B images of a batch, H row, W column.
 """
 from __future__ import annotations
 
+import functools
 import logging
 import multiprocessing
 import os
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -36,11 +38,19 @@ BLOCK = 32
 Generator = Callable[[RunKey, range], tuple[np.ndarray, np.ndarray]]
 
 
-def _sfx(run: RunKey, events: range) -> tuple[np.ndarray, np.ndarray]:
-    """Crops about the beam (photons) of serial crystallography; label 1 = hit."""
-    from ..simulate.sfx import crops, draw_conditions
+@functools.lru_cache(maxsize=2)
+def _sfx_run(preset: str, seed: int, run: int) -> Any:
+    from ..simulate.sfx import SimulatedRun, draw_conditions
 
-    raise NotImplementedError((crops, draw_conditions))
+    return SimulatedRun(draw_conditions(seed, run, preset))
+
+
+def _sfx(run: RunKey, events: range) -> tuple[np.ndarray, np.ndarray]:
+    """Crops about the beam (photons) of serial crystallography; label 1 = a crystal was hit."""
+    simulated = _sfx_run(run.preset, run.seed, run.run)
+    drawn = [simulated.event(event) for event in events]
+    return (np.stack([photons_PSF[0] for photons_PSF, _ in drawn]),
+            np.array([truth.is_hit for _, truth in drawn]))
 
 
 GENERATORS: dict[str, Generator] = {"sfx": _sfx}

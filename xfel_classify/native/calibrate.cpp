@@ -172,17 +172,42 @@ struct Finish {
     int mode;
 };
 
+// Pieces of a window's row or column that lie side by side in the frame, either way round.
+struct Segments {
+    const int32_t *segments;        // (n, 4) window pixel, step there, frame pixel, length (< 0: back)
+    size_t count;
+};
+
 template <class T>
-INLINE void render_body(const T *raw, const int32_t *index, const Tables &t, size_t n, int bits,
-                        const Finish &finish, float *out) {
-    T gathered[kBlock];
+INLINE void gather_segments(const T *raw, const Segments &s, T *gathered) {
+    for (size_t j = 0; j < s.count; ++j) {
+        const int32_t *one = s.segments + 4 * j;
+        T *__restrict to = gathered + one[0];
+        const T *__restrict from = raw + one[2];
+        const int step = one[1], length = one[3];
+        if (length > 0 && step == 1)
+            std::memcpy(to, from, length * sizeof(T));
+        else if (length > 0)
+            for (int k = 0; k < length; ++k) to[k * step] = from[k];
+        else if (step == 1)
+            for (int k = 0; k < -length; ++k) to[k] = from[-k];
+        else
+            for (int k = 0; k < -length; ++k) to[k * step] = from[-k];
+    }
+}
+
+// `scratch` holds a window when there are segments; in gaps it holds anything, their factor is 0.
+template <class T>
+INLINE void render_body(const T *raw, const int32_t *index, const Segments &segments,
+                        const Tables &t, size_t n, int bits, const Finish &finish, T *scratch,
+                        float *out) {
+    T block[kBlock];
+    if (segments.count) gather_segments<T>(raw, segments, scratch);
     for (size_t i = 0; i < n; i += kBlock) {
         const size_t m = std::min<size_t>(kBlock, n - i);
-        // Rows of a window are short pieces of the frame: too short for the hardware to fetch ahead.
-        for (size_t k = i + kBlock; k < std::min<size_t>(n, i + 2 * kBlock); k += kGroup / 2)
-            __builtin_prefetch(raw + std::max(index[k], 0));
-        for (size_t k = 0; k < m; ++k) gathered[k] = raw[std::max(index[i + k], 0)];
-        any_body<T>(gathered, t.at(i), m, out + i, bits, 0.0f);
+        if (!segments.count)
+            for (size_t k = 0; k < m; ++k) block[k] = raw[std::max(index[i + k], 0)];
+        any_body<T>(segments.count ? scratch + i : block, t.at(i), m, out + i, bits, 0.0f);
         normalize_body(out + i, m, finish.scale, finish.mode, finish.limit);
     }
 }
@@ -257,9 +282,9 @@ struct For {
     KERNEL(calibrate, (const T *raw, const Tables &t, size_t n, float *out, int bits, float fill),
            (raw, t, n, out, bits, fill))
     KERNEL(render,
-           (const T *raw, const int32_t *index, const Tables &t, size_t n, int bits,
-            const Finish &finish, float *out),
-           (raw, index, t, n, bits, finish, out))
+           (const T *raw, const int32_t *index, const Segments &segments, const Tables &t,
+            size_t n, int bits, const Finish &finish, T *scratch, float *out),
+           (raw, index, segments, t, n, bits, finish, scratch, out))
     KERNEL(pool,
            (const T *raw, const Tables &t, const Strips &s, int bits, const Finish &finish,
             float *row, float *most, float *out, size_t n_out),
@@ -354,8 +379,8 @@ void calibrate(const py::array &raw, const py::object &pedestal, const py::objec
     });
 }
 
-void render(const py::array &raw, const py::object &index, const py::object &pedestal,
-            const py::object &factor, const py::object &pedestals, const py::object &gains,
+void render(const py::array &raw, const py::object &index, const py::object &segments,
+            const py::object &pedestal, const py::object &factor, const py::object &pedestals, const py::object &gains,
             const std::string &gain_bits, float scale, int mode, float limit,
             const py::array &out) {
     const size_t n = out.size();
@@ -365,9 +390,14 @@ void render(const py::array &raw, const py::object &index, const py::object &ped
     if (!from) throw py::value_error("index is missing");
     float *to = writable(out, n);
     const Finish finish{scale, limit, mode};
+    const Segments beside{pointer<int32_t>(segments, "segments", 0),
+                          segments.is_none() ? 0 : py::len(segments)};
     with_pixels(raw, [&](auto *pixels) {
+        using T = Pixel<decltype(pixels)>;
+        static thread_local std::vector<T> scratch;
+        if (scratch.size() < n) scratch.resize(n);
         py::gil_scoped_release free;
-        For<Pixel<decltype(pixels)>>::render(pixels, from, t, n, bits, finish, to);
+        For<T>::render(pixels, from, beside, t, n, bits, finish, scratch.data(), to);
     });
 }
 
@@ -400,7 +430,8 @@ PYBIND11_MODULE(calibrate, m) {
     m.doc() = "Compiled calibration; called through xfel_classify.preprocess.";
     m.def("calibrate", &calibrate, "raw, pedestal, factor, pedestals, gains, offsets, bits, out");
     m.def("render", &render,
-          "raw, index, pedestal, factor, pedestals, gains, bits, scale, mode, limit, out");
+          "raw, index, segments, pedestal, factor, pedestals, gains, bits, scale, mode, "
+          "limit, out");
     m.def("pool", &pool,
           "raw, pedestal, factor, pedestals, gains, offsets, bits, strips, row_strips, repeats, "
           "scale, mode, limit, out");

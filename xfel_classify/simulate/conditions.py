@@ -112,7 +112,7 @@ def draw_conditions(seed: int, run: int, preset: str = "training", *,
     distance = 0.10 if demo else rng.uniform(0.08, 0.16)
     edge = 2 * np.sin(0.5 * np.arctan(150 * pixel / distance)) * energy / HC_EV_A
     while True:
-        crystal = draw_crystal(rng, (50.0, 160.0))
+        crystal = draw_crystal(rng, (50.0, 90.0) if demo else (50.0, 160.0))
         if 9 < _lattice_in_window(crystal, edge, crystal.domain_A) < 400:
             break
     ring = _log_uniform(rng, 0.03, 6.0) * (_log_uniform(rng, 3, 10) if shifted else 1.0)

@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import h5py
 import msgspec
@@ -56,6 +57,7 @@ class _Block:
     status_N: np.ndarray
     frame_mask: str | None = None
     codes: list[tuple[int, ...]] | None = None
+    damage_N: np.ndarray | None = None
     scalars: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -84,6 +86,7 @@ class Source:
         distance_m: float | None = None
         pixel_size_m: float | None = None
         beam_center_px: tuple[float, float] | None = None   # [fast, slow] from the image's corner
+        damaged: Literal["flag", "analyse"] = "flag"    # what to do with damaged images
         max_events: int | None = None
 
     distributes = False
@@ -212,15 +215,28 @@ class Source:
         total = sum(b.events for b in blocks)
         scalars = layouts.read_scalars(found, total)
         codes = layouts.event_codes(found, total)
+        damage, present = layouts.damage_and_presence(found, names[0], total)
         at = 0
         for block in blocks:
             span = slice(at, at + block.events)
             block.scalars = {k: v[span] for k, v in scalars.items()}
             block.codes = None if codes is None else codes[span]
+            self._flag(block, None if damage is None else damage[span],
+                       None if present is None else present[span])
             at += block.events
         self._blocks += blocks
         times = layouts.read_timestamps(found, total)
         return np.zeros(0, np.uint64) if times is None else times[0]
+
+    def _flag(self, block: _Block, damage: np.ndarray | None, present: np.ndarray | None) -> None:
+        """Statuses that the file itself states, where the pixels are not at fault already."""
+        fine = block.status_N == EventStatus.OK
+        if damage is not None:
+            block.damage_N = damage
+            if self.config.damaged == "flag":
+                block.status_N[fine & (damage != 0)] = EventStatus.DAMAGED
+        if present is not None:
+            block.status_N[~present] = EventStatus.NO_DETECTOR
 
     def _order(self, stamps: list[np.ndarray], notes: list[str]) -> None:
         """Fix block, position and timestamp of every event index."""
@@ -370,6 +386,7 @@ class _Reader:
         scalars = {k: float(v[position]) for k, v in block.scalars.items()}
         return Frame(
             raw_PSF=raw, timestamp=int(source._stamp_E[index]), index=index, status=status,
+            damage=0 if block.damage_N is None else int(block.damage_N[position]),
             scalars={k: v for k, v in scalars.items() if np.isfinite(v)},
             event_codes=block.codes[position] if block.codes is not None else ())
 

@@ -18,7 +18,7 @@ from ..core import ConstantsError, DetectorNotFound, RunDamaged
 from .hdf5_files import Walk
 from .run_constants import HC_EV_A, plausible
 
-__all__ = ["SCALARS", "event_codes", "experiment_of", "fixed_mask", "frame_mask", "image_datasets",
+__all__ = ["SCALARS", "damage_and_presence", "event_codes", "experiment_of", "fixed_mask", "frame_mask", "image_datasets",
            "panel_shape", "read_scalars", "read_timestamps"]
 
 IMAGE_PATHS = (
@@ -291,6 +291,17 @@ def event_codes(found: Walk, events: int) -> list[tuple[int, ...]] | None:
         if dataset.ndim == 1 and h5py.check_vlen_dtype(dataset.dtype) is not None:
             return [tuple(int(c) for c in row) for row in dataset[()]]
     return None
+
+
+def damage_and_presence(found: Walk, image_path: str,
+                        events: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """(N,) damage bits and (N,) bool "has an image" stated beside the images, or None."""
+    group = image_path.rpartition("/")[0]
+    damage, present = (
+        _per_event(found, f"{group}/{name}" if group else name, events)
+        for name in ("damage", "present"))
+    return (None if damage is None else damage.astype(np.int64),
+            None if present is None else present != 0)
 
 
 def experiment_of(file: h5py.File, found: Walk, stem: str) -> tuple[str | None, int | None]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ from ..core import (
 
 __all__ = ["HC_EV_A", "FrameKind", "Stated", "expand", "frame_kind", "geometry_of",
            "plausible", "run_constants", "scalar_columns", "word"]
+
+_BESIDE = re.compile(r"(^|[-_.])(truth|constants)$")
 
 HC_EV_A = 12398.419843320026
 """Photon energy times wavelength, eV x Angstrom (CODATA 2018, exact)."""
@@ -216,6 +219,9 @@ def scalar_columns() -> dict[str, Column]:
 def expand(patterns: list[str]) -> list[Path]:
     """The files that names and globs mean, each once, those of a glob in order of their names.
 
+    A glob leaves out files of constants and of the truth of a simulation (``*truth.*``,
+    ``*constants.*``), which lie beside the run and are no part of it.
+
     Raises :class:`RunNotFound` for a name or glob that matches nothing.
     """
     files: dict[Path, None] = {}
@@ -224,7 +230,8 @@ def expand(patterns: list[str]) -> list[Path]:
         if Path(text).is_file():
             matches = [text]
         else:
-            matches = sorted(m for m in glob.glob(text, recursive=True) if Path(m).is_file())
+            matches = sorted(m for m in glob.glob(text, recursive=True)
+                             if Path(m).is_file() and not _BESIDE.search(Path(m).stem))
         if not matches:
             kind = "matches no file" if glob.has_magic(text) else "does not exist"
             raise RunNotFound(f"{pattern!r} {kind} (looked from {Path.cwd()}); give HDF5 files or "

@@ -1,0 +1,173 @@
+"""Raw Jungfrau events of a simulated run, its constants and its truth: what the run writers write.
+
+A photon frame becomes 16-bit words as the detector would give them: three gain stages with their
+own pedestals and gains per pixel, switched by signal, readout noise, and a gain that drifted since
+the constants were taken.  psana's names, shapes and units are kept throughout.
+
+Axes: G gain stage, P panel, S slow, F fast.
+"""
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from .. import detectors
+from ..core import ConfigurationError
+from .conditions import Conditions
+from .sfx import SimulatedRun, Truth
+
+__all__ = ["JungfrauRun", "RawEvent", "RunFiles", "TruthFile"]
+
+GAIN_ADU_PER_KEV = (41.5, -1.39, -0.11)
+PEDESTAL_ADU = (2900.0, 14600.0, 14700.0)
+NOISE_ADU = (3.0, 5.0, 5.0)
+SWITCH_ADU = 15900.0        # above, stage 0 hands over to stage 1
+LOWEST_ADU = 1500.0         # below, stage 1 hands over to stage 2
+START_S = 1_100_000_000     # of the first event, seconds since 1990-01-01
+
+
+@dataclass(frozen=True)
+class RawEvent:
+    """One event ready to be written; ``raw_PSF`` is None when the detector is missing."""
+
+    index: int
+    timestamp: int
+    raw_PSF: np.ndarray | None
+    truth: Truth
+    damaged: bool
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a writer left: the run's files, the constants and the truth."""
+
+    files: tuple[Path, ...]
+    constants: Path
+    truth: Path
+
+
+def timestamp(index: int, rate_Hz: float) -> int:
+    """psana2's 64-bit stamp of an event: seconds since 1990 in the high half, ns in the low."""
+    nanoseconds = START_S * 10**9 + round((index + 1) * 1e9 / rate_Hz)
+    return (nanoseconds // 10**9) << 32 | nanoseconds % 10**9
+
+
+class JungfrauRun:
+    """A simulated run on a Jungfrau of 1, 2, 8 or 32 modules."""
+
+    def __init__(self, conditions: Conditions, segments: int = 2, *, rate_Hz: float = 120.0,
+                 damaged: Collection[int] = (), missing: Collection[int] = ()) -> None:
+        detector = detectors.detector("jungfrau")
+        if segments not in detector.geometry:
+            raise ConfigurationError(f"a Jungfrau of {segments} segments was asked for; it has "
+                                     f"{', '.join(map(str, sorted(detector.geometry)))}")
+        self.conditions, self.segments, self.rate_Hz = conditions, segments, rate_Hz
+        self.damaged, self.missing = frozenset(damaged), frozenset(missing)
+        self.geometry_text = (resources.files(detectors) / "geometry"
+                              / str(detector.geometry[segments])).read_text(encoding="utf-8")
+        self.geometry = detectors.default_geometry(detector, segments)
+        self._run = SimulatedRun(conditions, self.geometry, calm=True)
+        rng = np.random.default_rng([conditions.seed, conditions.run, 21])
+        self.shape = self.geometry.shape
+        stages = (3, *self.shape)
+        self.pedestals = np.empty(stages, np.float32)
+        self.gain = np.empty(stages, np.float32)
+        self.noise = np.empty(stages, np.float32)
+        for g in range(3):
+            self.pedestals[g] = PEDESTAL_ADU[g] + 60 * rng.standard_normal(self.shape, np.float32)
+            self.gain[g] = GAIN_ADU_PER_KEV[g] * (
+                1 + 0.02 * rng.standard_normal(self.shape, np.float32))
+            self.noise[g] = NOISE_ADU[g]
+        c = conditions
+        bad = rng.random(self.shape, np.float32) < c.dead_fraction + c.hot_fraction
+        self.status = np.zeros(stages, np.uint64)
+        self.status[:, bad] = 1
+        # what the constants do not know: drift per module, and a few pixels that went hot since
+        drift = 1 + c.gain_spread * rng.standard_normal((segments, 1, 1), np.float32)
+        self._true_gain = self.gain * drift
+        self._bad = np.flatnonzero(bad)
+        self._hot = np.flatnonzero(rng.random(self.shape, np.float32) < 0.3 * c.hot_fraction)
+        self._noise_pool = [NOISE_ADU[0] * rng.standard_normal(self.shape, np.float32)
+                            for _ in range(4)]
+
+    def constants(self) -> dict[str, np.ndarray | str]:
+        """Constants under psana's names: (G, P, S, F) arrays and the geometry text."""
+        return {"pedestals": self.pedestals, "pixel_gain": self.gain, "pixel_rms": self.noise,
+                "pixel_status": self.status, "geometry": self.geometry_text}
+
+    def events(self, numbers: range) -> Iterator[RawEvent]:
+        """The events of the run, one after the other; each is the same whatever came before."""
+        for number in numbers:
+            photons_PSF, truth = self._run.event(number)
+            raw = None if number in self.missing else self.encode(photons_PSF, truth, number)
+            yield RawEvent(number, timestamp(number, self.rate_Hz), raw, truth,
+                           number in self.damaged)
+
+    def encode(self, photons_PSF: np.ndarray, truth: Truth, number: int) -> np.ndarray:
+        """16-bit words of a photon frame: value in the low 14 bits, gain stage in the top 2."""
+        c = self.conditions
+        rng = np.random.default_rng([c.seed, c.run, number, 2])
+        keV = photons_PSF * np.float32(truth.photon_energy_eV / 1000)
+        flat = keV.reshape(-1)
+        flat[self._bad] = rng.exponential(200.0, len(self._bad))
+        flat[self._hot] += rng.exponential(100.0, len(self._hot))
+        stray = rng.integers(flat.size, size=rng.poisson(c.salt_fraction * flat.size))
+        flat[stray] += np.exp(rng.uniform(np.log(20), np.log(5000), len(stray)))
+        noise = np.roll(self._noise_pool[number % len(self._noise_pool)],
+                        int(rng.integers(self.shape[2])), axis=2)
+        common = NOISE_ADU[0] * rng.standard_normal((self.segments, 1, 1), np.float32)
+        adu = self.pedestals[0] + self._true_gain[0] * keV + noise
+        adu += common
+        words = np.clip(np.rint(adu), 0, 0x3FFF).astype(np.uint16)
+        over = np.nonzero(adu > SWITCH_ADU)
+        if over[0].size:
+            medium = self.pedestals[1][over] + self._true_gain[1][over] * keV[over]
+            low = self.pedestals[2][over] + self._true_gain[2][over] * keV[over]
+            lowest = medium < LOWEST_ADU
+            value = np.clip(np.rint(np.where(lowest, low, medium)), 0, 0x3FFF).astype(np.uint16)
+            words[over] = value | np.where(lowest, 3 << 14, 1 << 14).astype(np.uint16)
+        return words
+
+
+class TruthFile:
+    """Collects the truth of a run's events and writes it beside the run, whole or not at all.
+
+    ``timestamp`` (N,) int64, ``is_hit`` (N,) bool, ``n_lattices``, ``n_visible`` (spots with
+    S/N >= 5), ``photon_energy_eV``, ``pulse_energy_mJ``, ``damaged``, ``missing``; the visible
+    spots of event i are rows offsets[i] to offsets[i + 1] of ``spots/panel``, ``spots/fs``,
+    ``spots/ss`` (pixel index, 0 = centre of the first pixel), ``spots/photons``, ``spots/d_A``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._events: list[RawEvent] = []
+
+    def add(self, event: RawEvent) -> None:
+        self._events.append(RawEvent(event.index, event.timestamp,
+                                     None if event.raw_PSF is None else event.raw_PSF[:0],
+                                     event.truth, event.damaged))
+
+    def write(self) -> Path:
+        truths = [event.truth for event in self._events]
+        fresh = self.path.with_name(self.path.name + ".tmp")
+        with h5py.File(fresh, "w") as file:
+            file["timestamp"] = np.array([e.timestamp for e in self._events], np.int64)
+            file["damaged"] = np.array([e.damaged for e in self._events], bool)
+            file["missing"] = np.array([e.raw_PSF is None for e in self._events], bool)
+            for name, dtype in (("is_hit", bool), ("n_lattices", np.int16),
+                                ("n_visible", np.int32), ("photon_energy_eV", np.float64),
+                                ("pulse_energy_mJ", np.float64)):
+                file[name] = np.array([getattr(t, name) for t in truths], dtype)
+            lengths = [len(t.fs_N) for t in truths]
+            file["spots/offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            for name in ("panel", "fs", "ss", "photons", "d_A"):
+                column = [getattr(t, f"{name}_N") for t in truths]
+                file[f"spots/{name}"] = np.concatenate([np.zeros(0), *column]).astype(np.float32)
+        os.replace(fresh, self.path)
+        return self.path
