@@ -171,6 +171,27 @@ def test_raw_frames_take_the_mask_of_the_first_event(tmp_path, geometry):
         assert any("first event" in note for note in opened.run.notes)
 
 
+def test_damage_and_absence_that_the_file_states(tmp_path, geometry):
+    path = mock.write_stack(tmp_path / "run.h5", mock.frames(4), "jungfrau/raw")
+    with h5py.File(path, "r+") as file:
+        file["jungfrau/damage"] = [0, 4, 0, 0]
+        file["jungfrau/present"] = [1, 1, 0, 1]
+    for damaged, second in (("flag", EventStatus.DAMAGED), ("analyse", EventStatus.OK)):
+        with source(path, geometry=str(geometry), damaged=damaged) as opened:
+            found = summary(opened.frames(whole(opened)))
+            assert [found[i][1] for i in range(4)] == [
+                EventStatus.OK, second, EventStatus.NO_DETECTOR, EventStatus.OK]
+            assert [found[i][2] for i in range(4)] == [0, 4, 0, 0]
+
+
+def test_a_glob_leaves_truth_and_constants_out(tmp_path, geometry):
+    mock.write_stack(tmp_path / "x-r0001.h5", mock.frames(2))
+    mock.write_stack(tmp_path / "x-r0001-truth.h5", mock.frames(2))
+    mock.write_stack(tmp_path / "constants.h5", mock.frames(2))
+    with source(tmp_path / "*.h5", geometry=str(geometry)) as opened:
+        assert opened.expected_events() == 2
+
+
 def test_more_files_than_are_kept_open(tmp_path, geometry):
     frames = mock.frames(40)
     files = [mock.write_stack(tmp_path / f"r{n:02d}.h5", frames[n:n + 1]) for n in range(40)]

@@ -25,13 +25,13 @@ class TestSimulatedConforms(SourceConformance):
 
 def test_it_is_the_run_that_is_written(tmp_path):
     """Read from HDF5 or made on the fly: the same frames, times, scalars and constants."""
-    run = JungfrauRun(draw_conditions(1, 95, "demo"), 1, damaged=(1,), missing=(2,))
+    run = JungfrauRun(draw_conditions(1, 95, "demo"), 1, missing=(2,))
     written = write_hdf5_run(tmp_path, run, 4, exp="simulated")
-    with source(damaged=[1], missing=[2]) as made:
+    with source(missing=[2]) as made:
         expected = summary(made.frames(whole(made)))
         constants = made.constants()
     assert [expected[i][1] for i in range(4)] == [
-        EventStatus.OK, EventStatus.DAMAGED, EventStatus.NO_DETECTOR, EventStatus.OK]
+        EventStatus.OK, EventStatus.OK, EventStatus.NO_DETECTOR, EventStatus.OK]
     with hdf5.Source(hdf5.Source.Config(files=[f"{tmp_path}/*.h5"],
                                         constants=str(written.constants))) as read:
         found = summary(read.frames(whole(read)))
@@ -44,6 +44,12 @@ def test_it_is_the_run_that_is_written(tmp_path):
         assert found[i][1:4] == expected[i][1:4]
         for name, value in found[i][4].items():
             assert value == pytest.approx(expected[i][4][name]), name
+
+
+def test_damaged_images_are_flagged():
+    with source(damaged=[1]) as made:
+        found = summary(made.frames(whole(made)))
+        assert found[1][1:4] == (EventStatus.DAMAGED, 4, None)
 
 
 def test_another_seed_is_another_run():

@@ -10,6 +10,7 @@
 #include <cfloat>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 #include <type_traits>
@@ -22,6 +23,7 @@ namespace {
 
 constexpr int kGroup = 32;          // pixels looked at together for gain switching
 constexpr int kBlock = 1024;        // window pixels gathered at a time
+constexpr size_t kAhead = 12;       // pieces of a window fetched ahead
 constexpr float kBarred = -std::numeric_limits<float>::infinity();
 
 enum Bits { none = 0, top2 = 1, bit14 = 2 };
@@ -182,6 +184,15 @@ template <class T>
 INLINE void gather_segments(const T *raw, const Segments &s, T *gathered) {
     for (size_t j = 0; j < s.count; ++j) {
         const int32_t *one = s.segments + 4 * j;
+        // Pieces are too short for the hardware to fetch ahead.
+        if (j + kAhead < s.count) {
+            const int32_t *soon = one + 4 * kAhead;
+            const int length = std::abs(soon[3]);
+            const T *first = raw + (soon[3] > 0 ? soon[2] : soon[2] + soon[3] + 1);
+            for (int k = 0; k < length; k += 64 / static_cast<int>(sizeof(T)))
+                __builtin_prefetch(first + k);
+            __builtin_prefetch(first + length - 1);
+        }
         T *__restrict to = gathered + one[0];
         const T *__restrict from = raw + one[2];
         const int step = one[1], length = one[3];

@@ -198,6 +198,7 @@ class Source:
              first: tuple[tuple[int, ...], np.dtype], notes: list[str]) -> np.ndarray:
         """Append the blocks of one file; returns its (N,) timestamps, or an empty array."""
         blocks = []
+        problems: list[str] = []
         for name in names:
             dataset = found.datasets[name]
             require_filters(dataset)
@@ -205,7 +206,7 @@ class Source:
                 events, frame, status = 1, dataset.shape, np.zeros(1, np.int8)
             else:
                 events, frame = dataset.shape[0], dataset.shape[1:]
-                status = event_status(dataset, notes)
+                status = event_status(dataset, problems)
             if frame != first[0]:
                 notes.append(f"{path}:{name} holds frames of {frame}, the run's are {first[0]}; "
                              "its events are reported with status WRONG_SHAPE")
@@ -216,6 +217,9 @@ class Source:
         scalars = layouts.read_scalars(found, total)
         codes = layouts.event_codes(found, total)
         damage, present = layouts.damage_and_presence(found, names[0], total)
+        status_N = np.concatenate([b.status_N for b in blocks])
+        if present is None or status_N[present].any():
+            notes += problems           # else the file itself says that those have no image
         at = 0
         for block in blocks:
             span = slice(at, at + block.events)

@@ -18,8 +18,8 @@ from ..core import ConstantsError, DetectorNotFound, RunDamaged
 from .hdf5_files import Walk
 from .run_constants import HC_EV_A, plausible
 
-__all__ = ["SCALARS", "damage_and_presence", "event_codes", "experiment_of", "fixed_mask", "frame_mask", "image_datasets",
-           "panel_shape", "read_scalars", "read_timestamps"]
+__all__ = ["SCALARS", "damage_and_presence", "event_codes", "experiment_of", "fixed_mask",
+           "frame_mask", "image_datasets", "panel_shape", "read_scalars", "read_timestamps"]
 
 IMAGE_PATHS = (
     "entry_1/data_1/data",                      # LUTE, Cheetah, OM, EXtra-data
