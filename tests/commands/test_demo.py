@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from xfel_classify.commands import demo, doctor
-from xfel_classify.core import OutputDamaged, OutputExists
+from xfel_classify.core import OutputDamaged, OutputExists, OutputFull
 
 STAMPS = np.array([40, 10, 30, 20, 50], np.int64)
 TRUE_HITS = np.array([1, 1, 0, 0, 1], np.uint8)      # of 40, 10, 30, 20, 50
@@ -91,6 +91,12 @@ def test_without_mpirun_or_psana_the_serial_way_is_taken(
         assert word in capsys.readouterr().out
     monkeypatch.setattr(demo, "probe", lambda code: psana2)
     assert demo.parallel() == mpirun
+
+
+def test_a_full_disk_is_noticed_before_the_work(tmp_path: Path) -> None:
+    with pytest.raises(OutputFull, match="--events"):
+        demo.check_room(tmp_path, 10**9, 8)
+    demo.check_room(tmp_path, 1, 1)
 
 
 def run_demo(tmp_path: Path, *options: str) -> str:

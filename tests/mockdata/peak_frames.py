@@ -82,8 +82,8 @@ def harsh(seed: int, shape: tuple[int, int, int] = (1, 160, 160)) -> Scene:
     """Heavy-tailed noise: many candidates, touching regions, every rule of a finder at work."""
     rng = np.random.default_rng(seed)
     radius_px_PSF = radius(shape) / np.float32(4)
-    frame_PSF = [lambda: rng.exponential(20, shape) + 30, lambda: rng.normal(0, 20, shape) ** 3 / 400,
-                 lambda: rng.poisson(0.3, shape) * 1.0][seed % 3]()
+    frame_PSF = [rng.exponential(20, shape) + 30, rng.normal(0, 20, shape) ** 3 / 400,
+                 rng.poisson(0.3, shape) * 1.0][seed % 3]
     good_PSF = rng.random(shape) > (0.1 if seed % 2 else -1)
     asics = [(1, 1), (4, 2), (4, 1), (2, 2)][seed % 4]
     return Scene(f"harsh {seed}", np.where(good_PSF, frame_PSF, 0).astype(np.float32), good_PSF,

@@ -183,7 +183,7 @@ def _peaks_of_panel(value: np.ndarray, usable: np.ndarray,
     calm = usable & ~(in_row | in_column | low_in_row | low_in_column)
     filled = np.where(usable, value, -np.inf)
     y, x = np.mgrid[:height, :width]
-    peaks = []
+    peaks: list[tuple[float, ...]] = []
     for ss, fs in np.argwhere(in_row & in_column):
         near = np.s_[max(ss - rank, 0):ss + rank + 1, max(fs - rank, 0):fs + rank + 1]
         if filled[near].max() > value[ss, fs]:
@@ -210,12 +210,13 @@ def _peaks_of_panel(value: np.ndarray, usable: np.ndarray,
         npix = int(region.sum())
         amplitude = value[near][region].astype(np.float64) - background
         total = amplitude.sum()
-        son = total / (noise * np.sqrt(npix)) if npix and noise > 0 else 0.0
+        son = np.float32(total / (noise * np.sqrt(npix)) if npix and noise > 0 else 0)
         if (parameters.npix_min <= npix <= parameters.npix_max and son >= parameters.son_min
-                and total >= parameters.atot_thr
+                and np.float32(total) >= np.float32(parameters.atot_thr)
                 and value[ss, fs] - background >= np.float32(parameters.amax_thr)):
             weight = amplitude / total if total > 0 else np.zeros(npix)
-            peaks.append((fs + (weight * (x[near][region] - fs)).sum(),
-                          ss + (weight * (y[near][region] - ss)).sum(), total,
-                          value[ss, fs] - background, son, npix, noise, background))
+            peaks.append(tuple(float(told) for told in (
+                fs + (weight * (x[near][region] - fs)).sum(),
+                ss + (weight * (y[near][region] - ss)).sum(), total,
+                value[ss, fs] - background, son, npix, noise, background)))
     return peaks

@@ -19,7 +19,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from ..core import OutputDamaged, OutputExists, SourceError
+from ..core import OutputDamaged, OutputExists, OutputFull, SourceError
 from .doctor import Mpirun, find_mpirun, probe
 from .simulate import write_run
 
@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """0 when every simulated event has its row; otherwise the exit code of the run, or 3."""
     out = fresh_directory(Path(args.out))
+    check_room(out, args.events, args.segments)
     mpirun = None if args.serial else parallel()
     say(f"1. simulating run {RUN}: {args.events} events of a Jungfrau with {args.segments} "
         f"panel{'s' if args.segments > 1 else ''} as {'xtc2' if mpirun else 'HDF5'} files")
@@ -57,11 +58,17 @@ def execute(args: argparse.Namespace) -> int:
                "--constants", str(run.constants), "-o", str(out / "results")]
     say(f"2. {shown(command)}")
     started = time.monotonic()
-    code = subprocess.run(command, env=mpirun.environment() if mpirun else None,
-                          stdout=subprocess.DEVNULL, check=False).returncode
+    try:
+        done = subprocess.run(command, env=mpirun.environment() if mpirun else None, text=True,
+                              stdout=subprocess.PIPE, check=False)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return 130
+    code = done.returncode
     run_s = time.monotonic() - started
+    if code:
+        say(f"{done.stdout}the run ended with exit code {code}")
     if code not in (0, 3):
-        say(f"the run ended with exit code {code}; its messages are above")
         return code
     say("3. comparing with the truth\n")
     score = compare(run.truth, out / "results" / f"{EXP}_r{RUN:04d}.h5")
@@ -83,6 +90,25 @@ def fresh_directory(out: Path) -> Path:
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
     return out
+
+
+def check_room(out: Path, events: int, segments: int) -> None:
+    """Raise :class:`OutputFull` when run and results will not fit."""
+    pixels = segments * 512 * 1024
+    raw, hits, constants = 2 * pixels * events, 4 * pixels * events * 0.6, 60 * pixels
+    needed, free = raw + hits + 2 * constants, shutil.disk_usage(out).free
+    if free < needed:
+        raise OutputFull(f"the demo needs about {size(needed)} in {out}, there are {size(free)}; "
+                         "ask for fewer --events, or choose another directory with --out")
+
+
+def size(count: float) -> str:
+    """Bytes for a reader."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
 
 
 def parallel() -> Mpirun | None:
@@ -189,7 +215,7 @@ def _times(timing: dict[str, Any]) -> tuple[dict[str, float], float, int]:
 def report(score: Score, simulated_s: float, run_s: float, results: Path) -> Iterator[str]:
     """The summary that the demo ends with, line by line."""
     def row(name: str, value: str) -> str:
-        return f"{name:<24}{value}"
+        return f"{name:<26}{value}"
 
     yield row("events in / rows out", f"{score.events} / {score.rows}"
               + (f" ({score.unusable} without a usable image)" if score.unusable else ""))
@@ -211,4 +237,4 @@ def report(score: Score, simulated_s: float, run_s: float, results: Path) -> Ite
             yield row(f"  {name}", f"{seconds:8.2f} s  {seconds / total:5.1%}")
     yield f"files in {results}"
     for path in sorted(p for p in results.iterdir() if p.is_file()):
-        yield row(f"  {path.name}", f"{path.stat().st_size / 1e6:9.2f} MB")
+        yield row(f"  {path.name}", f"  {size(path.stat().st_size)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ..core import ConfigurationError
@@ -63,7 +64,9 @@ def write_run(directory: Path, *, form: str, events: int, segments: int, seed: i
     if not exp.isalnum():
         raise ConfigurationError(f"experiment name {exp!r}: use letters and digits only, since "
                                  "it becomes part of file names")
-    conditions = draw_conditions(seed, number, preset, hit_fraction=hit_fraction)
+    conditions = draw_conditions(seed, number, preset)
+    if hit_fraction is not None:
+        conditions = replace(conditions, hit_fraction=hit_fraction)
     run = JungfrauRun(conditions, segments)
     write = write_xtc2_run if form == "xtc2" else write_hdf5_run
     progress = _Lines(events)

@@ -282,7 +282,7 @@ def draw_crystal(rng: np.random.Generator, axes_A: tuple[float, float] = (30.0, 
     groups, centrings, _ = LATTICES[name]
     laue = groups[int(rng.integers(len(groups)))]
     centring = centrings[int(rng.integers(len(centrings)))]
-    a, b, c = np.exp(rng.uniform(*np.log(axes_A), 3))
+    a, b, c = np.exp(rng.uniform(np.log(axes_A[0]), np.log(axes_A[1]), 3))
     angles = [90.0, 90.0, 90.0]
     if name == "triclinic":
         angles = list(rng.uniform(70, 110, 3))
@@ -296,7 +296,8 @@ def draw_crystal(rng: np.random.Generator, axes_A: tuple[float, float] = (30.0, 
     elif name == "cubic":
         b = c = a
     return Crystal(
-        cell=(float(a), float(b), float(c), *(float(v) for v in angles)), laue=laue,
+        cell=(float(a), float(b), float(c), float(angles[0]), float(angles[1]),
+              float(angles[2])), laue=laue,
         centring=centring, structure_seed=int(rng.integers(2**31)),
         domain_A=float(np.exp(rng.uniform(np.log(350), np.log(1500)))),
         mosaicity_deg=float(np.exp(rng.uniform(np.log(0.02), np.log(0.5)))))

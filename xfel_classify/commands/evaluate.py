@@ -1,0 +1,33 @@
+"""Score a model on the simulated runs of its recipe: sensitivity and specificity run by run."""
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+from .train import require_learn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model name or directory")
+    parser.add_argument("--split", default="test", help="runs of the recipe (default: test)")
+    parser.add_argument("--recipe", metavar="FILE", help="instead of the model's own recipe")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--processes", type=int, default=1, help="that simulate (default: 1)")
+    parser.add_argument("--keep", action="store_true",
+                        help="write the result into the model's card, with date and command")
+
+
+def execute(args: argparse.Namespace) -> int:
+    require_learn()
+    from ..engines import find_model
+    from ..learn.evaluation import evaluate_recipe
+    from ..learn.export import write_metrics
+
+    evaluation = evaluate_recipe(args.model, args.split, args.recipe, args.backend,
+                                 args.processes)
+    print(evaluation)
+    if args.keep:
+        write_metrics(find_model(args.model), args.split, evaluation,
+                      shlex.join(["xfel-classify", *sys.argv[1:]]))
+    return 0
