@@ -205,7 +205,6 @@ for seed in range(int(sys.argv[3])):
 """
 
 
-@pytest.mark.slow
 def test_flipped_bytes_never_hang_or_escape(tmp_path):
     """Files with flipped bytes end in one of our errors or in rows, within the time limit."""
     good = tmp_path / "good.h5"

@@ -111,7 +111,8 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
         if plan is None:
             return _finished_before(directory, run)
         generation, done = plan
-        todo = None
+        # None = the whole run, which a source that deals events itself need not filter
+        todo = np.arange(expected) if expected is not None and config.loop.max_events else None
         if len(done):
             todo = np.setdiff1d(np.arange(expected if expected is not None else 0), done)
             log.info("resuming: %d of %s events are done", len(done), expected)
