@@ -1,4 +1,4 @@
-"""Builds one extension module per ``xfel_classify/native/*.cpp`` and maps ``engines/`` into the package.
+"""Builds one extension module per ``native/*.cpp``; maps ``engines/`` into the package.
 
 No ``-march`` flag: the kernels carry AVX2 and AVX-512 versions and choose at run time.
 """
@@ -9,7 +9,9 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-SOURCES = sorted((ROOT / "xfel_classify" / "native").glob("*.cpp"))
+NATIVE = ROOT / "xfel_classify" / "native"
+HEADERS = sorted(str(path.relative_to(ROOT)) for path in NATIVE.glob("*.h"))
+SOURCES = sorted(NATIVE.glob("*.cpp"))
 
 
 class BuildWithModels(build_py):
@@ -34,6 +36,7 @@ setup(
             f"xfel_classify.native.{path.stem}",
             [str(path.relative_to(ROOT))],
             cxx_std=17,
+            depends=HEADERS,
             extra_compile_args=["-O3", "-fno-math-errno", "-fno-trapping-math"],
         )
         for path in SOURCES

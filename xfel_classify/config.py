@@ -35,7 +35,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 import tomli_w
@@ -55,6 +55,10 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     max_events: int | None = None   # stop after this many events of the run
     checkpoint_s: float = 20.0      # seconds between durable checkpoints of a rank
     keep_parts: bool = False        # keep the per-rank parts after the join
+    # corrections of the full frames that peak finders and statistics see; a network's window has
+    # the calibration it was trained with
+    common_mode: list[Literal["rows", "columns", "banks"]] = []
+    mask_saturated: bool = False    # saturated pixels count as masked
     hits: str = "auto"              # column that selects hits; auto = the model's, else the peaks'
 
 

@@ -104,15 +104,16 @@ def test_unknown_presets_are_named():
 
 @pytest.mark.skipif(not (SHARED / "nanobragg").exists(),
                     reason="the peer's stills (shared/data/nanobragg) are not here")
-def test_positions_and_excitation_errors_agree_with_nanobragg():
-    """Same orientation and cell in; their spots within a pixel of ours."""
+def test_positions_and_intensities_agree_with_nanobragg():
+    """Same orientation, cell and structure factors in; spots within a pixel of theirs."""
     import h5py
 
-    distances = []
+    distances, correlations = [], []
     with h5py.File(SHARED / "nanobragg" / "nanobragg_dev_1024.h5") as file:
         names = [str(name) for name in file["spots"].attrs["names"]]
         spots = file["spots"][:]
         geom_names = [str(name) for name in file["geom"].attrs["names"]]
+        label_names = [str(name) for name in file["labels"].attrs["names"]]
         sample_names = [str(name) for name in file["sample"].attrs["names"]]
         for image in range(len(file["images"])):
             rows = spots[spots[:, 0] == image]
@@ -122,27 +123,41 @@ def test_positions_and_excitation_errors_agree_with_nanobragg():
             sample = dict(zip(sample_names, file["sample"][image], strict=True))
             for lattice in np.unique(rows[:, 1]).astype(int):
                 table = {name: rows[rows[:, 1] == lattice][:, i] for i, name in enumerate(names)}
-                distances.append(_distances_px(table, geom, sample, file["A"][image, lattice]))
+                wanted_B = dict(zip(label_names, file["labels"][image], strict=True))["B_A2"]
+                amplitude = np.load(SHARED / "nanobragg" / f"sf_{_text(file['crystal'][image])}.npz")
+                distance, correlation = _agreement(table, geom, sample, amplitude, wanted_B,
+                                                   file["A"][image, lattice])
+                distances.append(distance)
+                if len(distance) > 30:
+                    correlations.append(correlation)
     assert np.median(np.concatenate(distances)) < 0.3
     assert np.mean(np.concatenate(distances) < 1.0) > 0.95
+    assert len(correlations) >= 16 and min(correlations) >= 0.9
 
 
-def _distances_px(table, geom, sample, basis_33):
-    """How far our predicted spots are from theirs; checks the excitation errors on the way."""
-    hkl = np.stack([table["h"], table["k"], table["l"]], axis=1)
+def _text(value):
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _agreement(table, geom, sample, amplitude, wanted_B, basis_33):
+    """(distances of our spots from theirs in pixels, correlation of the expected photons)."""
+    hkl = np.stack([table["h"], table["k"], table["l"]], axis=1).astype(int)
+    squares = {(int(h), int(k), int(l_)): f ** 2 for h, k, l_, f in zip(
+        amplitude["h"], amplitude["k"], amplitude["l"], amplitude["F"], strict=True)}
     q2 = ((hkl @ basis_33.T) ** 2).sum(axis=1)
     order = np.argsort(q2)
+    intensity = np.array([squares.get(tuple(abs(h)), 0.0) for h in hkl[order]], np.float32)
     reflection = Reflections(hkl[order].astype(np.float32), q2[order].astype(np.float32),
-                             np.ones(len(hkl), np.float32), basis_33)
+                             intensity, basis_33)
     ours = predict(reflection, np.eye(3), photon_energy_eV=HC_EV_A / geom["wavelength_A"],
                    distance_m=geom["distance_mm"] * 1e-3,
                    domain_A=sample["block_A"], mosaicity_rad=np.deg2rad(sample["mosaic_deg"]),
                    bandwidth=max(sample["bandwidth_pct"] / 100, 1e-4), scale=1.0,
-                   polarization=1.0)
+                   extra_B_A2=0.5 * (wanted_B - 12))
     pixel_m = geom["pixel_mm"] * 1e-3
-    theirs = {tuple(row): i for i, row in enumerate(hkl.astype(int))}
+    theirs = {tuple(row): i for i, row in enumerate(hkl)}
     index = np.array([theirs[tuple(row)] for row in ours.hkl_N3.astype(int)])
     distance = np.hypot(ours.x_m_N / pixel_m + geom["beam_x_px"] - table["x_pred"][index],
                         ours.y_m_N / pixel_m + geom["beam_y_px"] - table["y_pred"][index])
     assert np.abs(ours.excitation_N - table["excitation_error_invA"][index]).max() < 2e-5
-    return distance
+    return distance, np.corrcoef(ours.photons_N, table["photons"][index])[0, 1]

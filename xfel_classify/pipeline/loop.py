@@ -29,7 +29,8 @@ from ..core import (
     Shard,
     Total,
 )
-from ..preprocess import calibrate
+from ..detectors import detector, saturated
+from ..preprocess import calibrate, common_mode
 from .stages import Stages
 
 log = logging.getLogger(__name__)
@@ -53,9 +54,13 @@ IDENTITY = {
 class OpenFrame:
     """A frame with its pixels at hand; calibrates at most once (core.CalibratedFrame)."""
 
-    def __init__(self, constants: Constants, stages: Stages) -> None:
+    def __init__(self, constants: Constants, stages: Stages, kind: str = "generic",
+                 common_mode_kinds: Sequence[str] = (), mask_saturated: bool = False) -> None:
         self._constants = constants
         self._stages = stages
+        self._detector = detector(kind)
+        self._common_mode_kinds = tuple(common_mode_kinds)
+        self._mask_saturated = mask_saturated
         self._buffer: np.ndarray | None = None
         self._calibrated = False
         self._columns: Mapping[str, Any] = {}
@@ -77,6 +82,12 @@ class OpenFrame:
                 self._buffer = np.empty(self._constants.shape, np.float32)
             with self._stages("calibrate"):
                 calibrate(self.raw_PSF, self._constants, out=self._buffer)
+            if self._mask_saturated:
+                self._buffer[saturated(self.raw_PSF, self._detector)] = 0
+            if self._common_mode_kinds:
+                with self._stages("common mode"):
+                    common_mode(self._buffer, self.good_PSF, self._common_mode_kinds,
+                                self._detector.bank_shape_SF)
             self._calibrated = True
         assert self._buffer is not None
         return self._buffer
@@ -122,6 +133,7 @@ class EventLoop:
 
     def __init__(self, source: EventSource, analyses: Sequence[Analysis], *, batch: int,
                  keep: str | None = None, photon_energy_eV: float | None = None,
+                 common_mode_kinds: Sequence[str] = (), mask_saturated: bool = False,
                  stages: Stages | None = None) -> None:
         self.stages = stages or Stages()
         self.analyses = list(analyses)
@@ -136,6 +148,7 @@ class EventLoop:
         self._batch = batch
         self._keep = keep
         self._fallback_eV = photon_energy_eV
+        self._corrections = common_mode_kinds, mask_saturated
         self._said: set[EventStatus] = set()
         self.status_counts = np.zeros(len(EventStatus), np.int64)
 
@@ -145,7 +158,8 @@ class EventLoop:
         for analysis in self.analyses:
             with self.stages(f"start {analysis.name}"):
                 analysis.start(self._source.run, constants, self._batch)
-        self._view = OpenFrame(constants, self.stages)
+        self._view = OpenFrame(constants, self.stages, self._source.run.detector_kind,
+                               *self._corrections)
         self._keeps_pixels = len(self.phases) > 1 or self._keep is not None
         self._raw_slots: list[np.ndarray | None] = [None] * self._batch
 

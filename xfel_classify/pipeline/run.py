@@ -100,6 +100,8 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
             expected = min(expected, config.loop.max_events)
         loop = EventLoop(source, analyses, batch=config.loop.batch,
                          keep=hits if wants_pixels else None,
+                         common_mode_kinds=config.loop.common_mode,
+                         mask_saturated=config.loop.mask_saturated,
                          photon_energy_eV=config.source.get("photon_energy_eV")
                          or constants.geometry.photon_energy_eV)
         attributes = _attributes(config)
@@ -284,7 +286,8 @@ def _fingerprint(run: RunInfo, config: RunConfig, columns: Mapping[str, Any],
     """What must be the same for two parts to belong to one run."""
     return {
         "experiment and run": f"{run.exp} {run.run} {run.detector}",
-        "analyses": _digest(config.analyses),
+        "analyses": _digest([config.analyses, config.loop.common_mode,
+                             config.loop.mask_saturated]),
         "columns": _digest({name: msgspec.to_builtins(column)
                             for name, column in columns.items()}),
         "constants": constants.identity,
