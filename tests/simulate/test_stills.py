@@ -124,7 +124,8 @@ def test_positions_and_intensities_agree_with_nanobragg():
             for lattice in np.unique(rows[:, 1]).astype(int):
                 table = {name: rows[rows[:, 1] == lattice][:, i] for i, name in enumerate(names)}
                 wanted_B = dict(zip(label_names, file["labels"][image], strict=True))["B_A2"]
-                amplitude = np.load(SHARED / "nanobragg" / f"sf_{_text(file['crystal'][image])}.npz")
+                name = _text(file["crystal"][image])
+                amplitude = np.load(SHARED / "nanobragg" / f"sf_{name}.npz")
                 distance, correlation = _agreement(table, geom, sample, amplitude, wanted_B,
                                                    file["A"][image, lattice])
                 distances.append(distance)
@@ -153,7 +154,7 @@ def _agreement(table, geom, sample, amplitude, wanted_B, basis_33):
                    distance_m=geom["distance_mm"] * 1e-3,
                    domain_A=sample["block_A"], mosaicity_rad=np.deg2rad(sample["mosaic_deg"]),
                    bandwidth=max(sample["bandwidth_pct"] / 100, 1e-4), scale=1.0,
-                   extra_B_A2=0.5 * (wanted_B - 12))
+                   extra_B_A2=wanted_B - 12)
     pixel_m = geom["pixel_mm"] * 1e-3
     theirs = {tuple(row): i for i, row in enumerate(hkl)}
     index = np.array([theirs[tuple(row)] for row in ours.hkl_N3.astype(int)])

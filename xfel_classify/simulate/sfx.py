@@ -234,7 +234,7 @@ class SimulatedRun:
         return predict(self._table, rotation_33, photon_energy_eV=c.photon_energy_eV,
                        distance_m=c.distance_m, domain_A=c.crystal.domain_A,
                        mosaicity_rad=np.deg2rad(c.crystal.mosaicity_deg), bandwidth=c.bandwidth,
-                       scale=scale, extra_B_A2=0.5 * c.extra_B_A2, width_N=self._width_N)
+                       scale=scale, extra_B_A2=c.extra_B_A2, width_N=self._width_N)
 
     def _paint(self, expected_PSF: np.ndarray, spots: Spots,
                shift_m: np.ndarray) -> tuple[np.ndarray, ...]:
