@@ -16,10 +16,11 @@ case " $* " in
     *" --resume "* | *" --overwrite "* | *" --dry-run "*) ;;
     *) set -- "$@" --resume ;;
 esac
+# mpirun itself would kill the ranks one second after a signal; the ranks need longer to flush
+job=
+trap '[ -z "$job" ] || pkill -TERM -P "$job" || true' TERM INT
 mpirun -n "${SLURM_NTASKS:-64}" xfel-classify run "$@" &
 job=$!
-# mpirun itself would kill the ranks one second after a signal; the ranks need longer to flush
-trap 'pkill -TERM -P "$job" || true' TERM INT
 code=0
 wait "$job" || code=$?
 while kill -0 "$job" 2>/dev/null; do    # a signal ends the wait, not the job

@@ -46,9 +46,8 @@ def test_plain_arrays(tmp_path: Path) -> None:
 
 def test_archived_run(tmp_path: Path) -> None:
     directory = simulated(tmp_path, "hdf5")
-    files = sorted(set(directory.glob("*-c*.h5")))
-    said = run([sys.executable, EXAMPLES / "archived_run.py", *files, "--constants",
-                directory / "constants.h5"], tmp_path)
+    said = run([sys.executable, EXAMPLES / "archived_run.py", *directory.glob("*-r0095.h5"),
+                "--constants", directory / "constants.h5"], tmp_path)
     assert f"hits in {EVENTS} events, 0 without a usable image" in said
 
 
@@ -62,14 +61,12 @@ from xfel_classify.sources.psana2_open import network_guard
 def provider(uniqueid, exp=None, run=None, **options):
     if "jungfrau" not in uniqueid:
         return {}
-    found = load_constants(Path(sys.argv[1]), "jungfrau", "jungfrau", (1, 512, 1024))
+    found = load_constants(Path(constants), "jungfrau", "jungfrau", (1, 512, 1024))
     return {name: (value, {}) for name, value in found.items()}
 
-constants, sys.argv = sys.argv[1], sys.argv[2:]
-sys.argv, program = [sys.argv[0], *sys.argv[1:]], sys.argv[0]
-provider.__defaults__
+constants, *sys.argv = sys.argv[1:]
 with network_guard(provider, []):
-    runpy.run_path(program, run_name="__main__")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 

@@ -13,6 +13,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,7 @@ def test_slurm_script_hands_the_warning_on_to_the_ranks(tmp_path: Path) -> None:
     with subprocess.Popen(["bash", ROOT / "mpi_jobs" / "slurm.sh", "95"], env=path, text=True,
                           stdout=subprocess.PIPE) as job:
         assert job.stdout is not None and job.stdout.readline() == "ready\n"
+        time.sleep(0.5)
         job.terminate()
         said, _ = job.communicate(timeout=30)
     assert said == "flushed\n" and job.returncode == 130

@@ -17,7 +17,7 @@ sees no event takes no device.
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,21 +96,20 @@ class Classifier:
                 window_HW[:] = image_window(frame, self.model.window, beam_center_px, good)
         return self._infer(windows_BHW)
 
-    def stream(self, events: Iterable[Any] | EventSource,
-               detector: Any = None) -> Iterator[tuple[Any, dict[str, Any]]]:
+    def stream(self, events: Iterable[Any] | EventSource, detector: Any = None, *,
+               photon_energy_eV: float | Callable[[Any], float | None] | None = None,
+               ) -> Iterator[tuple[Any, dict[str, Any]]]:
         """Every event with its answer, in order: (event, {column: value}).
 
         ``events`` is an opened event source (see :func:`open_run`), or psana2's
         ``run.events()`` together with ``detector`` (psana2's ``run.Detector(...)``).  Every
         event is yielded; one without a usable image has the columns' missing values and a
         ``status`` that is not 0 (:class:`~xfel_classify.core.EventStatus`).
+        ``photon_energy_eV`` is a number or, for psana2 events, a function of the event such as
+        ``ebeam.raw.ebeamPhotonEnergy``.  A rank without events prepares nothing.
         """
         if detector is not None:
-            from .sources.psana2 import frames_of
-
-            constants, frames = frames_of(detector, events)
-            for event, frame in frames:
-                yield event, self._answer(frame, constants)
+            yield from self._psana_events(events, detector, photon_energy_eV)
             return
         if not isinstance(events, EventSource):
             raise TypeError("stream() takes an event source from open_run(), or psana2 events "
@@ -125,8 +124,22 @@ class Classifier:
             last = first + n if expected is None else min(first + n, expected)
             return range(first, max(first, last))
 
+        stated = None if callable(photon_energy_eV) else photon_energy_eV
         for frame in events.frames(Shard(claim)):
-            yield frame, self._answer(frame, constants)
+            yield frame, self._answer(frame, constants,
+                                      frame.scalars.get("photon_energy_eV", stated))
+
+    def _psana_events(self, events: Any, detector: Any,
+                      photon_energy_eV: Any) -> Iterator[tuple[Any, dict[str, Any]]]:
+        from .sources.psana2_events import constants_of, frame_of
+
+        constants = self._constants
+        for index, event in enumerate(events):
+            constants = constants or constants_of(detector)
+            energy_eV = photon_energy_eV(event) if callable(photon_energy_eV) \
+                else photon_energy_eV
+            yield event, self._answer(frame_of(detector, event, index, constants.shape),
+                                      constants, energy_eV)
 
     def close(self) -> None:
         """Release the engine; the next image opens it again."""
@@ -140,7 +153,8 @@ class Classifier:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _answer(self, frame: Any, constants: Constants) -> dict[str, Any]:
+    def _answer(self, frame: Any, constants: Constants,
+                photon_energy_eV: float | None) -> dict[str, Any]:
         status = frame.status
         if status is EventStatus.OK and frame.raw_PSF is None:
             status = EventStatus.NO_DETECTOR
@@ -150,7 +164,7 @@ class Classifier:
             return {"status": int(status), **{
                 name: np.full(c.shape, c.missing, c.dtype)[()] for name, c in self.columns.items()}}
         window_HW = np.zeros(self.model.window.shape, np.float32)
-        self._render(frame.raw_PSF, constants, frame.scalars.get("photon_energy_eV"), window_HW)
+        self._render(frame.raw_PSF, constants, photon_energy_eV, window_HW)
         answers = self._infer(window_HW[np.newaxis])
         return {"status": int(status), **{name: values[0] for name, values in answers.items()}}
 

@@ -158,7 +158,8 @@ def describe(summary: RunSummary) -> str:
     lines += [f"  {count:8d} {name}" for name, count in _by_status(summary.status_counts)]
     lines += [f"  {path}" for path in summary.files]
     if not summary.complete:
-        lines.append(f"INCOMPLETE: {int(expected) - summary.events} events of the run could not "
+        lost = int(expected) - summary.events + summary.unreadable
+        lines.append(f"INCOMPLETE: {lost} events of the run could not "
                      "be read; the files say so. Restore the missing files, then run the same "
                      "command with --resume")
     return "\n".join(lines)

@@ -26,8 +26,9 @@ log = logging.getLogger(__name__)
 
 
 def done_indices(parts: Sequence[Part]) -> np.ndarray:
-    """Sorted indices of the events that the parts hold."""
-    found = [part.rows["index"] for part in parts if part.rows]
+    """Sorted indices of the events that the parts hold and that need not be tried again."""
+    found = [part.rows["index"][part.rows["status"] != EventStatus.UNREADABLE]
+             for part in parts if part.rows]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, np.int64)
 
 
@@ -37,8 +38,8 @@ def join_parts(parts: Sequence[Part], run: RunInfo, columns: Mapping[str, Column
                events_expected: int | None = None) -> RunResult:
     """One result from all parts; the same for any number of ranks and any number of resumptions.
 
-    Parts must not overlap in events (a resumed run does only what is missing): totals could not
-    be told apart.
+    Parts overlap only in events that one of them could not read; the row of the one that could
+    is taken.
     """
     parts = sorted((p for p in parts if p.rows), key=lambda p: p.path.name)
     rows: dict[str, Any] = {}
@@ -49,7 +50,7 @@ def join_parts(parts: Sequence[Part], run: RunInfo, columns: Mapping[str, Column
         else:
             empty = np.zeros((0, *column.shape), column.dtype)
             rows[name] = np.concatenate([empty, *pieces]).astype(column.dtype, copy=False)
-    order = np.lexsort((rows["index"], rows["timestamp"]))
+    order = _one_row_per_event(rows)
     for name, column in columns.items():
         rows[name] = [rows[name][i] for i in order] if column.ragged else rows[name][order]
     usable = rows["status"] == EventStatus.OK
@@ -58,10 +59,11 @@ def join_parts(parts: Sequence[Part], run: RunInfo, columns: Mapping[str, Column
     hit_rows = np.flatnonzero(selected)
     has_pixels = len(hit_rows) > 0 and all(int(i) in kept_pixels for i in rows["index"][hit_rows])
     n, expected = len(order), -1 if events_expected is None else events_expected
+    unreadable = int(np.count_nonzero(rows["status"] == EventStatus.UNREADABLE))
     every = {
         "exp": run.exp, "run": run.run, "detector": run.detector,
         "detector_kind": run.detector_kind, "source": run.source,
-        "complete": bool(events_expected is None or n >= events_expected),
+        "complete": unreadable == 0 and (events_expected is None or n >= events_expected),
         "events_expected": expected, "events": n, "hits": len(hit_rows),
         "hit_column": hits or "", "constants_identity": constants.identity if constants else "",
         "calibrated_unit": constants.unit if constants else "",
@@ -75,6 +77,16 @@ def join_parts(parts: Sequence[Part], run: RunInfo, columns: Mapping[str, Column
         pixels=(lambda row: kept_pixels.read(int(rows["index"][row]))) if has_pixels else None,
         locate=locate and (lambda row: locate(int(rows["index"][row]))),
     )
+
+
+def _one_row_per_event(rows: Mapping[str, Any]) -> np.ndarray:
+    """Row numbers sorted by (timestamp, index), the best row of each event only."""
+    unreadable = rows["status"] == EventStatus.UNREADABLE
+    order = np.lexsort((unreadable, rows["index"], rows["timestamp"]))
+    index = rows["index"][order]
+    first = np.ones(len(order), bool)
+    first[1:] = index[1:] != index[:-1]
+    return order[first]
 
 
 def _analysis_attributes(parts: Sequence[Part]) -> dict[str, Any]:

@@ -65,12 +65,17 @@ class RunSummary:
 
     @property
     def complete(self) -> bool:
-        return not self.interrupted and (
+        return not self.interrupted and not self.unreadable and (
             self.events_expected is None or self.events >= self.events_expected)
 
     @property
+    def unreadable(self) -> int:
+        """Events that the run holds and whose pixels could not be read."""
+        return self.status_counts.get(EventStatus.UNREADABLE.name, 0)
+
+    @property
     def exit_code(self) -> int:
-        """0 complete, 3 fewer rows than events, 130 interrupted."""
+        """0 complete, 3 fewer analysed events than the run holds, 130 interrupted."""
         return 130 if self.interrupted else 0 if self.complete else 3
 
 

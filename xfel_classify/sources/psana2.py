@@ -35,11 +35,11 @@ from .psana2_index import RunIndex, find_streams, index_big_file, index_run, xtc
 from .psana2_open import Opened, area_detector, import_psana, no_constants, open_run, raw_dtype
 from .run_constants import FrameKind, Stated, frame_kind, plausible, run_constants, scalar_columns
 
-__all__ = ["Source", "fetch_constants"]
+__all__ = ["DAMAGE_BITS", "Source", "fetch_constants", "kind_of"]
 
 log = logging.getLogger(__name__)
 
-_DAMAGE_BITS = 0x0FFF                   # the bits above are for detectors' own use
+DAMAGE_BITS = 0x0FFF                   # the bits above are for detectors' own use
 _ENERGY_RANGE_EV = (10.0, 1e6)
 _UNWRITTEN = 1 << 62
 
@@ -301,7 +301,7 @@ class Source:
         shape = self._panel_shape(detector, what)
         self._check_segments(segments, shape, name, what)
         dtype = raw_dtype(opened.run, name)
-        kind = config.kind or _kind_of(detector._dettype, shape)
+        kind = config.kind or kind_of(detector._dettype, shape)
         floating = np.issubdtype(dtype, np.floating)
         self._kind: FrameKind = frame_kind(kind, dtype, constants=not floating,
                                            calibrated=config.calibrated, unit=config.unit)
@@ -339,7 +339,7 @@ class Source:
         """(P, S, F) as the detector's kind says; P counts the segments that the run has."""
         raw = detector.raw
         try:
-            kind = _kind_of(detector._dettype, None)
+            kind = kind_of(detector._dettype, None)
             panel = detectors.detector(kind).panel_shape_SF if kind else None
             if panel is not None:
                 return len(raw._segment_numbers), *panel
@@ -416,7 +416,7 @@ class _Reader:
         if present < len(self._segments):
             return damage | elsewhere, (EventStatus.WRONG_SHAPE if present
                                         else EventStatus.NO_DETECTOR)
-        if damage & _DAMAGE_BITS:
+        if damage & DAMAGE_BITS:
             return damage, EventStatus.DAMAGED
         return damage, EventStatus.OK
 
@@ -479,7 +479,7 @@ class _Scalars:
         return scalars, codes
 
 
-def _kind_of(dettype: str | None, shape: tuple[int, int, int] | None) -> str:
+def kind_of(dettype: str | None, shape: tuple[int, int, int] | None) -> str:
     """Our name of a psana detector type; "" when only the shape (not given) could tell."""
     for kind in detectors.kinds():
         if dettype and detectors.detector(kind).psana_dettype == dettype:
