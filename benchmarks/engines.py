@@ -36,7 +36,7 @@ def measure(name: str, rounds: int) -> list[dict[str, object]]:
     """One row per runtime and batch size."""
     model = find_model(name)
     images_BHW = made_images(max(BATCHES), model.window.shape)
-    engines = {backend: open_engine(model, backend) for backend in available_backends()}
+    engines = {backend: open_engine(model, backend) for backend in available_backends(model)}
     cases = [(backend, batch) for backend in engines for batch in BATCHES]
     seconds: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
     for engine in engines.values():

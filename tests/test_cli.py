@@ -46,7 +46,7 @@ def test_a_run_of_a_file(run_file, tmp_path, capsys):
                      "mfxtest_r0095.lst", "mfxtest_r0095_hits.npy", "mfxtest_r0095_hits.txt"]
     with h5py.File(tmp_path / "mfxtest_r0095" / "mfxtest_r0095.h5") as file:
         found = file["peaks/n"][:]
-        assert (found[::2] <= 1).all() and (found[1::2] >= 18).all()
+        assert (found[::2] <= 1).all() and (found[1::2] >= 12).all()
     assert cli.main(["validate", "mfxtest_r0095"]) == 0
 
 

@@ -44,7 +44,7 @@ def test_answers_are_compared_by_time_stamp(tmp_path: Path) -> None:
     assert score.answers["network"] == (pytest.approx(2 / 3), pytest.approx(1 / 2))
     assert score.answers["finder"] == (1.0, 1.0)
     assert score.stages == {"read": 1.5, "calibrate": 2.5}
-    assert score.loop_s == 4.0 and score.ranks == 2
+    assert score.loop_s == 4.0 and score.ranks == 2 and score.stages["read"] == 1.5
 
 
 def test_missing_invented_and_unusable_rows_show(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..core import ConfigurationError, MissingDependency, OutputDamaged, OutputExists
+from ..core import ConfigurationError, MissingDependency, OutputDamaged
 from .datasets import ImageSet, augment, open_runs
 from .networks import build_network
 from .recipes import Optimiser, Recipe, read_recipe, runs_of
@@ -74,8 +74,9 @@ def train(recipe_path: str | Path, out_dir: str | Path, resume: bool = True, thr
     """Train the model of ``recipe_path``; results and state go to ``out_dir``.
 
     With ``resume`` an interrupted training of the same recipe goes on where it was last saved
-    (at least once a minute); a finished one returns at once.  ``threads`` are torch's;
-    ``processes`` simulate images that are not cached yet.  Progress lines go to ``report``.
+    (at least once a minute); a finished one returns at once.  Without, it starts again and what
+    ``out_dir`` holds of a training is removed.  ``threads`` are torch's; ``processes`` simulate
+    images that are not cached yet.  Progress lines go to ``report``.
     """
     recipe, out = read_recipe(recipe_path), Path(out_dir)
     _claim(out, Path(recipe_path), resume)
@@ -229,14 +230,13 @@ def _claim(out: Path, recipe_path: Path, resume: bool) -> None:
     """Make ``out`` this recipe's training directory, or say why it cannot be."""
     content = recipe_path.read_bytes()
     kept = out / RECIPE
-    if (out / STATE).exists() or kept.exists():
-        if not resume:
-            raise OutputExists(f"{out} already holds a training; resume it, or give another "
-                               "directory")
-        if kept.exists() and kept.read_bytes() != content:
-            raise ConfigurationError(f"{out} holds a training of another recipe than "
-                                     f"{recipe_path}; give another directory, or the recipe "
-                                     f"{kept} to go on with that training")
+    if not resume:
+        for name in (STATE, BEST, HISTORY, SCORES, CURVE, RECIPE):
+            (out / name).unlink(missing_ok=True)
+    elif kept.exists() and kept.read_bytes() != content:
+        raise ConfigurationError(f"{out} holds a training of another recipe than {recipe_path}; "
+                                 "give another directory, start again without resuming, or give "
+                                 f"the recipe {kept} to go on with that training")
     out.mkdir(parents=True, exist_ok=True)
     _replace(kept, lambda path: path.write_bytes(content))
 
