@@ -24,9 +24,11 @@ where = {"dir": args.dir} if args.dir else {}
 ds = psana.DataSource(exp=args.exp, run=args.run, batch_size=10, **where)
 smd = ds.smalldata(filename=args.output, batch_size=10)
 classify = Classifier("sfx-hit")
-for run in ds.runs():
-    detector = run.Detector(args.detector)
-    for event, answer in classify.stream(run.events(), detector=detector):
-        smd.event(event, hit_score=float(answer["hit/score"]), hit_label=int(answer["hit/label"]),
-                  status=int(answer["status"]))
+run = next(ds.runs())
+detector, ebeam = run.Detector(args.detector), run.Detector("ebeam")
+answers = classify.stream(run.events(), detector=detector,
+                          photon_energy_eV=lambda event: ebeam.raw.ebeamPhotonEnergy(event))
+for event, answer in answers:
+    smd.event(event, hit_score=float(answer["hit/score"]), hit_label=int(answer["hit/label"]),
+              status=int(answer["status"]))
 smd.done()

@@ -62,7 +62,7 @@ def provider(uniqueid, exp=None, run=None, **options):
     if "jungfrau" not in uniqueid:
         return {}
     found = load_constants(Path(constants), "jungfrau", "jungfrau", (1, 512, 1024))
-    return {name: (value, {}) for name, value in found.items()}
+    return {name: (value, {"from": constants}) for name, value in found.items()}
 
 constants, *sys.argv = sys.argv[1:]
 with network_guard(provider, []):

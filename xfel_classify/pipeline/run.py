@@ -93,7 +93,7 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
     with source, _signals(world) as stopping:
         run = source.run
         directory = Path(out) if out is not None else Path(f"{run.exp}_r{run.run:04d}")
-        constants = source.constants()
+        constants = world.share(source.constants)
         hits = hit_column(analyses, config)
         wants_pixels = any(getattr(sink, "wants_pixels", False) for sink in sinks)
         locate = getattr(source, "pixel_location", None)

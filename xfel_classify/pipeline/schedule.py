@@ -13,11 +13,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from ..core import MissingDependency, XfelClassifyError
+from ..core import Constants, MissingDependency, XfelClassifyError
 
 T = TypeVar("T")
 
@@ -85,6 +86,10 @@ class World:
     def allgather(self, value: T) -> list[T]:
         return [value]
 
+    def share(self, build: Callable[[], Constants]) -> Constants:
+        """The constants that ``build`` makes; one copy per node, whatever the number of ranks."""
+        return build()
+
     def local_index(self, member: bool) -> int:
         """Position of this rank among the member ranks of its node (collective)."""
         places = self.allgather((socket.gethostname(), bool(member)))
@@ -119,6 +124,7 @@ class MPIWorld(World):
             np.frombuffer(self._window.tomemory(), np.int64)[:] = 0
         self._comm.Barrier()
         self._window.Lock_all()
+        self._shared: list[Any] = []
 
     def reset(self) -> None:
         self.barrier()
@@ -151,6 +157,37 @@ class MPIWorld(World):
             raise FailedElsewhere(known)
         return result
 
+    def share(self, build: Callable[[], Constants]) -> Constants:
+        node = self._comm.Split_type(self._MPI.COMM_TYPE_SHARED)
+        built: Any = None
+        failure: XfelClassifyError | None = None
+        if node.Get_rank() == 0:
+            try:
+                built = build()
+            except XfelClassifyError as error:
+                failure = error
+        arrays, rest = _taken_apart(built) if built is not None else ({}, None)
+        layout = {name: (array.dtype.str, array.shape) for name, array in arrays.items()}
+        layout, rest, known = node.bcast((layout, rest, failure), root=0)
+        if known is not None:
+            raise failure or FailedElsewhere(known)
+        size = sum(_padded(dtype, shape) for dtype, shape in layout.values())
+        # the window lives as long as the process: the arrays are views of it
+        window = self._MPI.Win.Allocate_shared(size if node.Get_rank() == 0 else 0, 1, comm=node)
+        self._shared.append(window)
+        memory, _ = window.Shared_query(0)
+        offset, views = 0, {}
+        for name, (dtype, shape) in layout.items():
+            count = int(np.prod(shape))
+            views[name] = np.frombuffer(memory, dtype, count, offset).reshape(shape)
+            if node.Get_rank() == 0:
+                views[name][...] = arrays[name]
+            offset += _padded(dtype, shape)
+        node.Barrier()
+        for view in views.values():
+            view.flags.writeable = False
+        return _put_together(views, rest)
+
     def allgather(self, value: T) -> list[T]:
         return self._comm.allgather(value)
 
@@ -166,6 +203,32 @@ class MPIWorld(World):
         sys.stderr.flush()
         self._MPI.COMM_WORLD.Abort(code)
         os._exit(code)
+
+
+_GEOMETRY_ARRAYS = ("x_m_PSF", "y_m_PSF", "z_m_PSF", "bad_PSF")
+_CONSTANTS_ARRAYS = ("good_PSF", "pedestals_GPSF", "gain_GPSF", "offset_GPSF", "noise_PSF")
+
+
+def _padded(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of an array, rounded up so that the next one is aligned."""
+    return -(-int(np.prod(shape)) * np.dtype(dtype).itemsize // 64) * 64
+
+
+def _taken_apart(constants: Constants) -> tuple[dict[str, np.ndarray], Constants]:
+    """(the large arrays, the constants without them)."""
+    arrays = {name: getattr(constants, name) for name in _CONSTANTS_ARRAYS}
+    arrays |= {name: getattr(constants.geometry, name) for name in _GEOMETRY_ARRAYS}
+    nothing: Any = None
+    geometry = replace(constants.geometry, **dict.fromkeys(_GEOMETRY_ARRAYS, nothing))
+    bare = replace(constants, geometry=geometry, **dict.fromkeys(_CONSTANTS_ARRAYS, nothing))
+    return {name: array for name, array in arrays.items() if array is not None}, bare
+
+
+def _put_together(arrays: dict[str, Any], bare: Constants) -> Constants:
+    geometry = replace(bare.geometry, **{
+        name: arrays[name] for name in _GEOMETRY_ARRAYS if name in arrays})
+    return replace(bare, geometry=geometry, **{
+        name: arrays[name] for name in _CONSTANTS_ARRAYS if name in arrays})
 
 
 SERIAL = World()
