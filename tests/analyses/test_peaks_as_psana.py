@@ -90,7 +90,7 @@ def test_peakfinder8_cuts_a_long_list_like_psana() -> None:
     assert assert_peakfinder8_equal(scene, parameters) == 50
 
 
-# --- v3r3 -------------------------------------------------------------------------------------------
+# --- v3r3 -------------------------------------------------------------------------------------
 
 def assert_v3r3_equal(scene: Scene, parameters: v3r3.Parameters) -> int:
     algorithms = pytest.importorskip("psana.psalg_ext").peak_finder_algos

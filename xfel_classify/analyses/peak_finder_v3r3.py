@@ -191,9 +191,10 @@ def _peaks_of_panel(value: np.ndarray, usable: np.ndarray,
         distance = np.hypot(y - ss, x - fs)
         ring = value[calm & (distance >= parameters.r0)
                      & (distance <= parameters.r0 + parameters.dr)].astype(np.float64)
-        background = np.float32(ring.mean() if len(ring) else 0)
-        noise = np.float32(ring.std() if len(ring) else 0)
-        strong = filled[near] >= background + np.float32(parameters.nsigm) * noise
+        background = ring.sum() / len(ring) if len(ring) else 0.0
+        variance = (ring ** 2).sum() / len(ring) - background ** 2 if len(ring) else 0.0
+        noise = np.sqrt(max(variance, 0.0))
+        strong = filled[near] >= background + parameters.nsigm * noise
         region = np.zeros_like(strong)
         region[ss - near[0].start, fs - near[1].start] = strong[ss - near[0].start,
                                                                 fs - near[1].start]
@@ -209,11 +210,11 @@ def _peaks_of_panel(value: np.ndarray, usable: np.ndarray,
             region = grown
         npix = int(region.sum())
         amplitude = value[near][region].astype(np.float64) - background
-        total = amplitude.sum()
+        total = float(np.float32(amplitude.sum()))
         son = np.float32(total / (noise * np.sqrt(npix)) if npix and noise > 0 else 0)
         if (parameters.npix_min <= npix <= parameters.npix_max and son >= parameters.son_min
-                and np.float32(total) >= np.float32(parameters.atot_thr)
-                and value[ss, fs] - background >= np.float32(parameters.amax_thr)):
+                and total >= np.float32(parameters.atot_thr)
+                and np.float32(value[ss, fs] - background) >= np.float32(parameters.amax_thr)):
             weight = amplitude / total if total > 0 else np.zeros(npix)
             peaks.append(tuple(float(told) for told in (
                 fs + (weight * (x[near][region] - fs)).sum(),

@@ -225,24 +225,22 @@ private:
     }
 
     bool measure(int ss, int fs, const Selection& selection, Peak& peak) {
-        double sum = 0, sum2 = 0, origin = 0;
+        double sum = 0, sum2 = 0;
         int64_t count = 0;
         for (const Offset& o : ring_) {
             const int y = ss + o.ss, x = fs + o.fs;
             if (y < 0 || x < 0 || y >= height_ || x >= width_) continue;
             const float v = high(y, x);
             if (v == -kInfinity || any_extremum(y, x)) continue;
-            if (count++ == 0) origin = v;
-            sum += v - origin, sum2 += (v - origin) * (v - origin);
+            sum += v, sum2 += static_cast<double>(v) * v, count++;
         }
-        float background = 0, noise = 0;
+        double background = 0, noise = 0;
         if (count > 0) {
-            const double shift = sum / count;
-            background = static_cast<float>(origin + shift);
-            noise = static_cast<float>(std::sqrt(std::max(0.0, sum2 / count - shift * shift)));
+            background = sum / count;
+            noise = std::sqrt(std::max(0.0, sum2 / count - background * background));
         }
-        const float threshold = background + selection.nsigm * noise;
-        const float amplitude = high(ss, fs) - background;
+        const double threshold = background + selection.nsigm * noise;
+        const auto amplitude = static_cast<float>(high(ss, fs) - background);
         if (!(high(ss, fs) >= threshold) || amplitude < selection.amax_thr) return false;
         grow(ss, fs, threshold);
         peak.npix = static_cast<int64_t>(region_.size());
@@ -252,18 +250,19 @@ private:
             const double above = static_cast<double>(high(o.ss, o.fs)) - background;
             total += above, total_ss += above * (o.ss - ss), total_fs += above * (o.fs - fs);
         }
-        peak.total = total;
+        peak.total = static_cast<float>(total);
         peak.maximum = amplitude;
         peak.ss = ss + (total > 0 ? total_ss / total : 0);
         peak.fs = fs + (total > 0 ? total_fs / total : 0);
         peak.noise = noise, peak.background = background;
-        peak.son = noise > 0 ? total / (noise * std::sqrt(static_cast<double>(peak.npix))) : 0;
-        return static_cast<float>(total) >= selection.atot_thr &&
-               static_cast<float>(peak.son) >= selection.son_min;
+        // of float32 and double as psana has them: with photon counts son is often exactly son_min
+        const double spread = noise * std::sqrt(static_cast<double>(peak.npix));
+        peak.son = noise > 0 ? static_cast<float>(peak.total / spread) : 0;
+        return peak.total >= selection.atot_thr && peak.son >= selection.son_min;
     }
 
     // Pixels that reach the threshold, connected by sides, at most rank rows and columns away.
-    void grow(int ss, int fs, float threshold) {
+    void grow(int ss, int fs, double threshold) {
         const int side = 2 * rank_ + 1;
         region_.assign(1, {ss, fs});
         region_mark_[static_cast<size_t>(rank_) * side + rank_] = 1;

@@ -296,7 +296,7 @@ class Source:
         if kind == "assembled" and config.beam_center_px is None and not config.geometry:
             notes.append("no beam centre was stated: the centre of the image is taken")
         for note in notes:
-            log.warning("%s", note)
+            log.info("%s", note)
         self._run = RunInfo(
             exp=exp, run=run, detector=config.detector or kind, detector_kind=kind,
             panel_shape=shape, raw_dtype=str(self._dtype), source="hdf5", notes=tuple(notes),

@@ -167,7 +167,7 @@ class Source:
         if self._stated.beam_center_px is None and not config.geometry:
             notes.append("no beam centre was stated: the centre of the image is taken")
         for note in notes:
-            log.warning("%s", note)
+            log.info("%s", note)
         self._shape = (1, *image.shape)
         self._run = RunInfo(
             exp=config.exp or word(self._files[0].name.split(".")[0]),

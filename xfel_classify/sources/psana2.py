@@ -321,7 +321,7 @@ class Source:
             notes.append(f"{self._index.repeated} events repeat the timestamp of another event; "
                          "their index tells them apart")
         for note in notes:
-            log.warning("%s", note)
+            log.info("%s", note)
         files = [s.big for s in self._index.streams]
         self._run = RunInfo(
             exp=config.exp or exp or files[0].name.split("-r")[0],
