@@ -19,6 +19,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 BUILD_INPUTS := pyproject.toml setup.py constraints.txt $(wildcard xfel_classify/native/*.cpp xfel_classify/native/*.h xfel_classify/native/*.hpp)
 
+# prints the requirements of the named extras: installing them by `-e .[...]` would compile again
+EXTRAS := import sys, tomllib; extras = tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]; \
+	print(*(r for name in sys.argv[1:] for r in extras[name]), sep="\n")
+
 help:
 	@echo "make demo    simulate run 95, analyse it with psana2 under mpirun, compare with the truth"
 	@echo "make test    every check and test (psana, mpirun and torch ones included)"
@@ -52,7 +56,8 @@ $(VENV)/.tested: $(VENV)/.installed
 	fi
 	@echo "== installing torch and the tools of the tests (TORCH_INDEX=... chooses where torch comes from)"
 	$(PIP) $(if $(TORCH_INDEX),--extra-index-url "$(TORCH_INDEX)") torch
-	$(PIP) -e '.[psana,learn,images,test,check]'
+	@$(BIN)/python -c '$(EXTRAS)' learn images test check > $(VENV)/extras.txt
+	$(PIP) -r $(VENV)/extras.txt
 	@touch $@
 
 demo: $(VENV)/.installed

@@ -51,6 +51,16 @@ def test_large_values_survive_the_rounding_and_are_clipped_by_the_window():
     np.testing.assert_allclose(seen, [[[5e4, -5e4, 0.1, 40000.0]]], rtol=1e-3)
 
 
+def test_training_sees_what_the_event_loop_renders(toy_recipe):
+    from xfel_classify.preprocess import image_window
+
+    images_NHW, _ = simulate(runs_of(read_recipe(toy_recipe), "test")[0])
+    images_NHW[0, 7, 7] = 6e4
+    rendered = np.stack([image_window(image_HW.astype(np.float32), Window())
+                         for image_HW in images_NHW])
+    np.testing.assert_array_equal(datasets.normalised(images_NHW, Window()), rendered)
+
+
 def test_an_index_over_several_runs(toy_recipe):
     runs = open_runs(runs_of(read_recipe(toy_recipe), "training"))
     images = ImageSet(runs, Window())

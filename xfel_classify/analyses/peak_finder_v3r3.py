@@ -194,7 +194,7 @@ def _peaks_of_panel(value: np.ndarray, usable: np.ndarray,
         background = ring.sum() / len(ring) if len(ring) else 0.0
         variance = (ring ** 2).sum() / len(ring) - background ** 2 if len(ring) else 0.0
         noise = np.sqrt(max(variance, 0.0))
-        strong = filled[near] >= background + parameters.nsigm * noise
+        strong = filled[near] >= np.float32(background + parameters.nsigm * noise)
         region = np.zeros_like(strong)
         region[ss - near[0].start, fs - near[1].start] = strong[ss - near[0].start,
                                                                 fs - near[1].start]

@@ -17,7 +17,7 @@ from .cards import Model
 from .runtime import Runtime
 
 _CENTRE = ["ReduceMean", "ReduceMean", "Sub"]
-_NORM = ["ReduceMean", "Sub", "Mul", "ReduceMean", "Mul", "Mul", "Add", "Add", "Sqrt", "Add",
+_NORM = ["ReduceMean", "Sub", "Mul", "ReduceMean", "Mul", "Mul", "Add", "Sqrt", "Add",
          "Reciprocal", "Mul", "Mul", "Add"]
 _LAYER = ["Conv", *_NORM, "Relu", "MaxPool"]
 OPERATORS = [*_CENTRE, *_LAYER, *_LAYER, "Reshape", "Gemm", "Relu", "Gemm", "Softmax"]
@@ -88,10 +88,13 @@ class Engine(Runtime):
 
 def _norm_constants(graph: Any, stored: Mapping[str, np.ndarray],
                     start: int) -> tuple[float, float, float]:
-    """(floor, tiny, epsilon) of the normalisation whose operators begin at ``start``."""
+    """(floor, 0, epsilon) of the normalisation whose operators begin at ``start``.
+
+    The kernel's second constant, added below the square root, is for training only.
+    """
     nodes = graph.node[start:start + len(_NORM)]
     values = []
-    for position in (4, 7, 9):          # floor * mean, + tiny, + epsilon
+    for position in (4, 8):             # floor * mean, + epsilon
         constants = [stored[name] for name in nodes[position].input if name in stored]
         values.append(float(constants[0].ravel()[0]) if constants else float("nan"))
-    return values[0], values[1], values[2]
+    return values[0], 0.0, values[1]

@@ -239,7 +239,7 @@ private:
             background = sum / count;
             noise = std::sqrt(std::max(0.0, sum2 / count - background * background));
         }
-        const double threshold = background + selection.nsigm * noise;
+        const auto threshold = static_cast<float>(background + selection.nsigm * noise);
         const auto amplitude = static_cast<float>(high(ss, fs) - background);
         if (!(high(ss, fs) >= threshold) || amplitude < selection.amax_thr) return false;
         grow(ss, fs, threshold);
@@ -262,7 +262,7 @@ private:
     }
 
     // Pixels that reach the threshold, connected by sides, at most rank rows and columns away.
-    void grow(int ss, int fs, double threshold) {
+    void grow(int ss, int fs, float threshold) {
         const int side = 2 * rank_ + 1;
         region_.assign(1, {ss, fs});
         region_mark_[static_cast<size_t>(rank_) * side + rank_] = 1;

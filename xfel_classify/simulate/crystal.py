@@ -18,7 +18,7 @@ from xfel_classify.core import ConfigurationError
 __all__ = [
     "CENTRINGS", "LATTICES", "Crystal", "Reflections", "amplitudes_from_model", "draw_crystal",
     "intensities", "laue_rotations", "reflections", "reciprocal_basis", "rotation_about",
-    "random_rotation", "volume_A3",
+    "random_rotation", "volume_A3", "wilson_intensities",
 ]
 
 CENTRINGS = ("P", "A", "C", "I", "F", "R")
@@ -206,6 +206,11 @@ def _protein_profile(q2_N: np.ndarray, crystal: Crystal) -> np.ndarray:
     return mean * np.exp(-2.0 * crystal.wilson_B_A2 * q2_N / 4.0)
 
 
+def wilson_intensities(hkl_N3: np.ndarray, q2_N: np.ndarray, crystal: Crystal) -> np.ndarray:
+    """|F|^2 with the mean intensity of a protein crystal: what :func:`reflections` tabulates."""
+    return intensities(hkl_N3, crystal) * _protein_profile(q2_N.astype(np.float64), crystal)
+
+
 def amplitudes_from_model(path: Path | str, d_min_A: float, b_A2: float = 10.0,
                           ) -> tuple[np.ndarray, np.ndarray, tuple[float, ...]]:
     """(hkl int (N, 3), |F| (N,), cell) of a PDB/mmCIF model by gemmi (density -> FFT).
@@ -258,7 +263,7 @@ def reflections(crystal: Crystal, d_min_A: float, limit: int = 600_000) -> Refle
     if crystal.model:
         value = _model_intensities(hkl_f, crystal, d_min_A)
     else:
-        value = intensities(hkl_f, crystal) * _protein_profile(q2.astype(np.float64), crystal)
+        value = wilson_intensities(hkl_f, q2, crystal)
     return Reflections(np.ascontiguousarray(hkl_f), q2, value.astype(np.float32), basis)
 
 

@@ -40,8 +40,10 @@ class RowNorm(nn.Module):
         centred_BCHW = values_BCHW - mean_BCH1
         variance_BCH1 = (centred_BCHW * centred_BCHW).mean(-1, keepdim=True)
         floor_BCH1 = self.floor * mean_BCH1
-        # 1e-12: the square root has a finite slope at zero
-        std_BCH1 = torch.sqrt(variance_BCH1 + floor_BCH1 * floor_BCH1 + 1e-12)
+        spread_BCH1 = variance_BCH1 + floor_BCH1 * floor_BCH1
+        if self.training:       # the slope of the square root stays finite at zero
+            spread_BCH1 = spread_BCH1 + 1e-12
+        std_BCH1 = torch.sqrt(spread_BCH1)
         return centred_BCHW * (1.0 / (std_BCH1 + EPSILON)) * self.weight + self.bias
 
 

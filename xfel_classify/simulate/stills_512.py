@@ -1,0 +1,299 @@
+"""Labelled stills by quadrant, for the lattice and resolution networks (methods 5a and 7.3).
+
+A quadrant is an assembled image of (512 f)^2 detector pixels with the beam at one corner; pooling,
+rotation and the square root belong to the window that the networks share with inference, so they
+are not done here.  A whole image is its four quadrants, pixel for pixel.
+
+Random numbers depend on (seed, run, event, quadrant) alone.
+
+Axes: S slow (row 0 on top), F fast (towards +x), N spot.
+"""
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .bragg import Spots, paint, predict
+from .crystal import random_rotation, rotation_about
+from .ewald import excited
+from .stills_conditions import (
+    DETECTORS,
+    QUADRANTS,
+    SIDE_PX,
+    StillConditions,
+    draw_still,
+    label_B_A2,
+)
+
+__all__ = ["Still", "draw_still", "simulate_image", "simulate_quadrant"]
+
+VISIBLE_SNR = 5.0
+SPOT_PIXELS = 9.0           # under a spot, for its signal to noise
+LEAST_VISIBLE = 6           # spots of each lattice on the asked quadrant
+ICE_D_A = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88, 1.72)
+SALT_D_A = (3.256, 2.820, 1.994, 1.628, 1.410, 1.261)       # NaCl
+_SIGNS = {"A": (-1, 1), "B": (1, 1), "C": (-1, -1), "D": (1, -1)}      # of x and y
+_CRYSTAL, _DETECTOR, _PIXELS = 31, 32, 33       # purposes of random numbers
+
+
+@dataclass(frozen=True)
+class Still:
+    """One simulated image with its labels.
+
+    ``photons_SF`` is float32, 0 where ``good_SF`` is False; ``beam_center_px`` is (fast, slow)
+    from the outer corner of the first pixel.  ``n_visible`` counts spots with S/N >= 5.
+    """
+
+    conditions: StillConditions
+    photons_SF: np.ndarray = field(repr=False)
+    good_SF: np.ndarray = field(repr=False)
+    beam_center_px: tuple[float, float]
+    n_visible: int
+
+
+def simulate_quadrant(conditions: StillConditions, quadrant: str = "") -> Still:
+    """A quadrant (default: the one that the conditions name) at detector resolution."""
+    quadrant = quadrant or conditions.quadrant
+    lattices, scale = _lattices(conditions)
+    photons, good, seen = _quadrant(conditions, quadrant, lattices, scale)
+    side = SIDE_PX * conditions.pool
+    beam = (side if quadrant in "AC" else 0, side if quadrant in "AB" else 0)
+    return Still(conditions, photons, good, beam, seen)
+
+
+def simulate_image(conditions: StillConditions) -> Still:
+    """The whole image, (1024 f)^2 pixels with the beam in the middle: four quadrants."""
+    lattices, scale = _lattices(conditions)
+    parts = {q: _quadrant(conditions, q, lattices, scale) for q in QUADRANTS}
+    photons, good = (np.block([[parts["A"][i], parts["B"][i]], [parts["C"][i], parts["D"][i]]])
+                     for i in (0, 1))
+    side = SIDE_PX * conditions.pool
+    return Still(conditions, photons, good, (side, side), sum(part[2] for part in parts.values()))
+
+
+# --- the crystal ----------------------------------------------------------------------------------
+
+def _lattices(c: StillConditions) -> tuple[list[np.ndarray], float]:
+    """(orientations, photons of a mean low-angle reflection per lattice) of a shot.
+
+    Redrawn, or made brighter, until each lattice shows spots on the quadrant that was asked for:
+    otherwise the label would not be in the picture.
+    """
+    code = list(c.preset.encode())
+    rng = np.random.default_rng([c.seed, c.run, c.event, _CRYSTAL, *code])
+    scale = c.spot_photons / c.n_lattices
+    level = _profile(c)
+    for _ in range(12):
+        first = random_rotation(rng)
+        turns = [first] + [rotation_about(rng.standard_normal(3), np.deg2rad(angle)) @ first
+                           for angle in c.misset_deg]
+        for _ in range(3):
+            if min(_visible(c, turn, scale, level) for turn in turns) >= LEAST_VISIBLE:
+                return turns, scale
+            scale *= 1.5
+    return turns, scale
+
+
+def _visible(c: StillConditions, turn: np.ndarray, scale: float, level: np.ndarray) -> int:
+    spots = _spots(c, turn, scale, c.quadrant)
+    sign = _SIGNS[c.quadrant]
+    reach = c.reach * SIDE_PX * c.pool * c.pixel_size_m
+    x, y = sign[0] * spots.x_m_N, sign[1] * spots.y_m_N
+    radius = np.hypot(x, y)
+    inside = (x > 0) & (y > 0) & (x < reach) & (y < reach) & (radius > 1.3 * c.beam_stop_m)
+    return int((inside & _seen(c, spots.photons_N, radius, level)).sum())
+
+
+def _seen(c: StillConditions, photons_N: np.ndarray, radius_m_N: np.ndarray,
+          level: np.ndarray) -> np.ndarray:
+    index = np.minimum((2 * radius_m_N / c.pixel_size_m).astype(int), len(level) - 1)
+    noise = np.sqrt(photons_N + SPOT_PIXELS * (level[index] + c.read_noise_photons ** 2) + 1e-9)
+    return photons_N / noise >= VISIBLE_SNR
+
+
+def _spots(c: StillConditions, turn: np.ndarray, scale: float, quadrant: str) -> Spots:
+    extra = label_B_A2(c.d_A) - c.crystal.wilson_B_A2
+    corner = np.sqrt(2) * SIDE_PX * c.pool * c.pixel_size_m
+    # beyond this |q| not even the strongest reflections have 0.3 photons
+    faint = np.sqrt(2 * np.log(max(scale * 2.2 * 12 / 0.3, 2.0)) / label_B_A2(c.d_A))
+    q_max = min(float(c.inverse_d_A(np.array(corner))) + 0.02, faint)
+    table = excited(c.crystal, turn, k=1 / c.wavelength_A, q_max=q_max, bandwidth=c.bandwidth,
+                    sector=_SIGNS[quadrant])
+    spots = predict(table, turn, photon_energy_eV=c.photon_energy_eV, distance_m=c.distance_m,
+                    domain_A=c.crystal.domain_A,
+                    mosaicity_rad=np.deg2rad(c.crystal.mosaicity_deg), bandwidth=c.bandwidth,
+                    scale=scale, extra_B_A2=extra)
+    return spots.take(spots.photons_N > 0.3)
+
+
+# --- the background -------------------------------------------------------------------------------
+
+def _profile(c: StillConditions) -> np.ndarray:
+    """Expected background photons per pixel at radii of 0, 1/2, 1, ... detector pixels."""
+    steps = int(2 * np.sqrt(2) * SIDE_PX * c.pool) + 4
+    radius = (np.arange(steps) + 0.5) * 0.5 * c.pixel_size_m
+    q = c.inverse_d_A(radius)
+    water, air, lipid, plastic = c.background_shares
+    level = (water * (np.exp(-0.5 * ((q - 0.31) / 0.06) ** 2) + 0.15)
+             + 1.5 * air * np.exp(-(q / 0.12) ** 2)
+             + lipid * np.exp(-0.5 * ((q - 1 / 4.5) / 0.018) ** 2)
+             + plastic * np.exp(-0.5 * ((q - 1 / 5.2) / 0.03) ** 2))
+    rng = np.random.default_rng([c.seed, c.run, c.event, _CRYSTAL, 7])
+    for _ in range(3):      # what no formula knows: smooth and of any height
+        level += rng.uniform(0, 0.3) * np.exp(-0.5 * (
+            (q - rng.uniform(0.02, 0.8)) / rng.uniform(0.05, 0.3)) ** 2)
+    if c.ice:
+        for d in ICE_D_A[:int(rng.integers(1, len(ICE_D_A) + 1))]:
+            level += c.ice * rng.uniform(0.2, 1) * np.exp(
+                -0.5 * ((q - 1 / d) / rng.uniform(0.002, 0.008)) ** 2)
+    solid_angle = (c.pixel_size_m / 100e-6) ** 2 * (0.1 / c.distance_m) ** 2
+    cosine = 1 / np.sqrt(1 + (radius / c.distance_m) ** 2)
+    return c.background_photons * level * solid_angle * cosine ** 3
+
+
+@functools.lru_cache(maxsize=3)
+def _polar(side: int) -> tuple[np.ndarray, np.ndarray]:
+    """(radius in half pixels as index, cos^2 of the azimuth) of a quadrant, beam at (0, 0)."""
+    step = np.arange(side, dtype=np.float32) + np.float32(0.5)
+    square = step ** 2
+    radius2 = square[:, None] + square[None, :]
+    return (2 * np.sqrt(radius2)).astype(np.int32), square[None, :] / radius2
+
+
+def _background(c: StillConditions) -> np.ndarray:
+    """Expected background of a quadrant as the beam sees it: row along |y|, column along |x|."""
+    side = SIDE_PX * c.pool
+    index, horizontal = _polar(side)
+    level = _profile(c)
+    radius = (np.arange(len(level)) + 0.5) * 0.5 * c.pixel_size_m
+    sine2 = radius ** 2 / (radius ** 2 + c.distance_m ** 2)
+    expected = np.take(level.astype(np.float32), index)
+    expected -= np.take((level * sine2).astype(np.float32), index) * horizontal     # polarised
+    return expected
+
+
+def _grains(c: StillConditions, rng: np.random.Generator) -> Spots:
+    """Spots of ice grains and salt, anywhere on their rings."""
+    kinds = [(d, 20.0) for d in rng.choice(ICE_D_A[:6], c.ice_spots if c.ice else 0)]
+    kinds += [(d, 2000.0) for d in rng.choice(SALT_D_A, c.salt_spots)]
+    d = np.array([one[0] for one in kinds])
+    photons = np.array([one[1] for one in kinds]) * rng.exponential(1.0, len(kinds))
+    reachable = c.wavelength_A / (2 * np.maximum(d, 0.1)) < 0.65
+    d, photons = d[reachable], photons[reachable]
+    radius = c.distance_m * np.tan(2 * np.arcsin(c.wavelength_A / (2 * d)))
+    azimuth = rng.uniform(0, 2 * np.pi, len(d))
+    n = len(d)
+    return Spots(radius * np.cos(azimuth), radius * np.sin(azimuth), photons, np.zeros(n),
+                 np.zeros(n), d, np.zeros((n, 3), np.float32), np.zeros(n))
+
+
+# --- the detector ---------------------------------------------------------------------------------
+
+def _quadrant(c: StillConditions, quadrant: str, lattices: list[np.ndarray],
+              scale: float) -> tuple[np.ndarray, np.ndarray, int]:
+    """(photons_SF, good_SF, visible spots) of a quadrant, row 0 on top."""
+    sign = _SIGNS[quadrant]
+    code = list(c.preset.encode())
+    rng = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, ord(quadrant), *code])
+    shared = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *code])
+    p, side = c.pixel_size_m, SIDE_PX * c.pool
+    expected = _background(c)
+    along = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(p / 0.1)
+    expected *= np.maximum(1 + c.slope[0] * sign[0] * along[None, :]
+                           + c.slope[1] * sign[1] * along[:, None], np.float32(0.1))
+    spots = Spots.join([*(_spots(c, turn, scale, quadrant) for turn in lattices),
+                        _grains(c, shared)])
+    x = sign[0] * (spots.x_m_N / p + c.center_jitter_px[0])
+    y = sign[1] * (spots.y_m_N / p + c.center_jitter_px[1])
+    near = (x > -12) & (x < side + 12) & (y > -12) & (y < side + 12)
+    spots, x, y = spots.take(near), x[near], y[near]
+    _paint(c, expected, spots, x, y, sign[0] * sign[1])
+    good = _good(c, quadrant)
+    if c.shadow < 1:
+        _cast_shadow(c, shared, sign, expected, good)
+    seen = int((_seen(c, spots.photons_N, np.hypot(x, y) * p, _profile(c)) & (x > 0) & (y > 0)
+                & (x < c.reach * side) & (y < c.reach * side)).sum())
+    photons = _detect(c, quadrant, rng, expected)
+    photons[~good] = 0
+    turned = (slice(None, None, -sign[1]), slice(None, None, sign[0]))
+    return np.ascontiguousarray(photons[turned]), np.ascontiguousarray(good[turned]), seen
+
+
+def _paint(c: StillConditions, expected: np.ndarray, spots: Spots, x: np.ndarray, y: np.ndarray,
+           handed: int) -> None:
+    """Add spots; ``handed`` is irrelevant for |x|, |y| axes, where the radial direction is (x, y)."""
+    if not len(spots):
+        return
+    radius = np.maximum(np.hypot(x, y), 1e-6)
+    radial = np.stack([x, y]) / radius
+    across = np.stack([-radial[1], radial[0]])
+    a = np.minimum(spots.radial_m_N / c.pixel_size_m, 4.0) ** 2
+    b = np.minimum(spots.tangential_m_N / c.pixel_size_m, 4.0) ** 2
+    covariance = a * radial[:, None] * radial[None] + b * across[:, None] * across[None]
+    covariance = np.moveaxis(covariance, 2, 0) + c.spot_sigma_px ** 2 * np.eye(2)
+    wide = np.sqrt(np.maximum(a, b) + c.spot_sigma_px ** 2)
+    for low, high, half in ((0.0, 1.3, 4), (1.3, 2.2, 6), (2.2, 99.0, 12)):
+        chosen = (wide >= low) & (wide < high)
+        paint(expected, x[chosen] - 0.5, y[chosen] - 0.5, spots.photons_N[chosen],
+              covariance[chosen], half=half)
+
+
+def _good(c: StillConditions, quadrant: str) -> np.ndarray:
+    """Pixels that exist and work, in the beam's view; the same for all events of a run."""
+    side = SIDE_PX * c.pool
+    sign = _SIGNS[quadrant]
+    one = DETECTORS[c.detector]
+    rng = np.random.default_rng([c.seed, c.run, _DETECTOR])
+    good = np.ones((side, side), bool)
+    for axis in (0, 1):
+        period = one.panel_px[axis] + one.gap_px[axis]
+        offset = int(rng.integers(period))
+        # pixel numbers of the whole detector, 0 just beyond the beam towards +x or -y
+        number = np.arange(side) if (sign[0] > 0 if axis else sign[1] < 0) \
+            else -1 - np.arange(side)
+        gap = (number + offset) % period < one.gap_px[axis]
+        good &= ~(gap[None, :] if axis else gap[:, None])
+    reach = int(c.reach * side)
+    good[reach:], good[:, reach:] = False, False
+    own = np.random.default_rng([c.seed, c.run, _DETECTOR, ord(quadrant)])
+    dead = own.integers(side * side, size=own.poisson(c.dead_fraction * side * side))
+    good.reshape(-1)[dead] = False
+    index, _ = _polar(side)
+    stop = int(c.beam_stop_m / c.pixel_size_m) + 1
+    corner = index[:stop, :stop]
+    good[:stop, :stop] &= corner >= 2 * c.beam_stop_m / c.pixel_size_m
+    return good
+
+
+def _cast_shadow(c: StillConditions, rng: np.random.Generator, sign: tuple[int, int],
+                 expected: np.ndarray, good: np.ndarray) -> None:
+    """Half a plane behind an edge (a nozzle, a beam-stop arm); opaque ones may be masked."""
+    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.8) * len(expected)
+    masked = rng.random() < 0.5
+    step = np.arange(len(expected), dtype=np.float32)
+    depth = (np.float32(np.cos(angle) * sign[0]) * step[None, :]
+             + np.float32(np.sin(angle) * sign[1]) * step[:, None]) - np.float32(far)
+    behind = depth > 0
+    if rng.random() < 0.5:
+        behind &= depth < np.float32(rng.uniform(10, 80) * c.pool)
+    expected[behind] *= np.float32(c.shadow)
+    if masked and c.shadow == 0:
+        good[behind] = False
+
+
+def _detect(c: StillConditions, quadrant: str, rng: np.random.Generator,
+            expected: np.ndarray) -> np.ndarray:
+    """Counting noise, calibration errors, hot and stray pixels; photons, float32."""
+    photons = rng.poisson(expected).astype(np.float32)
+    gains = np.random.default_rng([c.seed, c.run, _DETECTOR, ord(quadrant), 1])
+    photons *= 1 + np.float32(c.gain_noise) * gains.standard_normal(photons.shape, np.float32)
+    if c.read_noise_photons:
+        photons += np.float32(c.read_noise_photons) * rng.standard_normal(photons.shape,
+                                                                          np.float32)
+    flat = photons.reshape(-1)
+    flat[gains.integers(flat.size, size=c.hot_pixels)] = 2.0 ** 16
+    stray = rng.integers(flat.size, size=rng.poisson(c.stray_fraction * flat.size))
+    flat[stray] += np.exp(rng.uniform(np.log(5), np.log(1000), len(stray)))
+    return photons
