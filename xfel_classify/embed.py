@@ -23,9 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from .analyses.classify import answers_of, columns_of, photons_scale
+from .analyses.classify import (
+    answers_of,
+    columns_of,
+    detector_reach_px,
+    geometry_row,
+    photons_scale,
+    suited_window,
+)
 from .config import build
-from .core import Constants, ConstantsError, EventSource, EventStatus, Shard
+from .core import ConfigurationError, Constants, ConstantsError, EventSource, EventStatus, Shard
 from .engines import Model, find_model, open_engine
 from .pipeline.loop import DEFAULT_PHOTON_ENERGY_EV
 from .preprocess import RenderPlan, image_window, plan_render, render
@@ -71,13 +78,16 @@ class Classifier:
 
     def __call__(self, images: np.ndarray, *, photon_energy_eV: float | None = None,
                  beam_center_px: tuple[float, float] | None = None,
-                 good: np.ndarray | None = None) -> dict[str, np.ndarray]:
+                 good: np.ndarray | None = None, distance_m: float | None = None,
+                 pixel_size_m: float | None = None) -> dict[str, np.ndarray]:
         """Columns for one or several images.
 
         ``images`` is (H, W) or (B, H, W): assembled, calibrated, in the unit of the model's
         window (photons for the shipped models), with the beam at ``beam_center_px`` (fast, slow;
         the middle when None); ``good`` (H, W) is False where a pixel must not be used.  With
         ``constants`` given, (P, S, F) or (B, P, S, F) arrays as the detector delivers them.
+        ``distance_m`` and ``pixel_size_m`` are for models with a geometry input, where
+        ``constants`` do not tell them.
         Returns {column: (B,) array}; a single image gives arrays of one row.
         """
         images = np.asarray(images)
@@ -88,13 +98,29 @@ class Classifier:
             raise ValueError(f"images of shape {images.shape} were given; expected {expected}"
                              + ("" if panels else ", or panels together with constants="))
         windows_BHW = np.zeros((len(frames), *self.model.window.shape), np.float32)
+        reach_px = max(_reach_px(frames.shape[1:], beam_center_px), 1) if not panels else 1
+        window = suited_window(self.model, reach_px)
         for frame, window_HW in zip(frames, windows_BHW, strict=True):
             if panels:
                 assert self._constants is not None
                 self._render(frame, self._constants, photon_energy_eV, window_HW)
             else:
-                window_HW[:] = image_window(frame, self.model.window, beam_center_px, good)
-        return self._infer(windows_BHW)
+                window_HW[:] = image_window(frame, window, beam_center_px, good)
+        if not self.model.card.geometry:
+            return self._infer(windows_BHW)
+        if panels:
+            assert self._constants is not None
+            geometry = self._constants.geometry
+            distance_m = distance_m or geometry.distance_m
+            pixel_size_m = pixel_size_m or geometry.pixel_size_m
+            window = self._plan(self._constants).window
+        if not distance_m or not pixel_size_m:
+            raise ConfigurationError(
+                f"model {self.model.name} judges by the geometry; distance_m is {distance_m}, "
+                f"pixel_size_m is {pixel_size_m}; give both with the images")
+        row_4 = geometry_row(distance_m, pixel_size_m, photon_energy_eV or self._energy_eV,
+                             window.pool)
+        return self._infer(windows_BHW, np.tile(row_4, (len(frames), 1)))
 
     def stream(self, events: Iterable[Any] | EventSource, detector: Any = None, *,
                photon_energy_eV: float | Callable[[Any], float | None] | None = None,
@@ -160,30 +186,53 @@ class Classifier:
             status = EventStatus.NO_DETECTOR
         if status is EventStatus.OK and frame.raw_PSF.shape != constants.shape:
             status = EventStatus.WRONG_SHAPE
+        missing = {name: np.full(c.shape, c.missing, c.dtype)[()]
+                   for name, c in self.columns.items()}
         if status is not EventStatus.OK:
-            return {"status": int(status), **{
-                name: np.full(c.shape, c.missing, c.dtype)[()] for name, c in self.columns.items()}}
+            return {"status": int(status), **missing}
         window_HW = np.zeros(self.model.window.shape, np.float32)
         self._render(frame.raw_PSF, constants, photon_energy_eV, window_HW)
-        answers = self._infer(window_HW[np.newaxis])
+        geometry_14 = None
+        if self.model.card.geometry:
+            geometry = constants.geometry
+            geometry_14 = geometry_row(
+                frame.scalars.get("distance_m", geometry.distance_m), geometry.pixel_size_m,
+                self._energy(photon_energy_eV), self._plan(constants).window.pool)[np.newaxis]
+            if not np.isfinite(geometry_14).all():
+                return {"status": int(status), **missing}
+        answers = self._infer(window_HW[np.newaxis], geometry_14)
         return {"status": int(status), **{name: values[0] for name, values in answers.items()}}
 
     def _render(self, frame_PSF: np.ndarray, constants: Constants,
                 photon_energy_eV: float | None, out_HW: np.ndarray) -> None:
-        known = self._plans.get(id(constants))
-        if known is None or known[0] is not constants:
-            known = constants, plan_render(constants, self.model.window)
-            self._plans[id(constants)] = known
         if frame_PSF.dtype.kind == "f" and not constants.calibrated:
             raise ConstantsError("floating-point frames were given together with pedestals and "
                                  "gain; give raw frames, or constants of calibrated frames")
-        energy_eV = photon_energy_eV if photon_energy_eV and photon_energy_eV > 0 \
-            else self._energy_eV
-        render(frame_PSF, known[1], out_HW,
-               scale=photons_scale(self.model.window, constants.unit, energy_eV))
+        render(frame_PSF, self._plan(constants), out_HW, scale=photons_scale(
+            self.model.window, constants.unit, self._energy(photon_energy_eV)))
 
-    def _infer(self, windows_BHW: np.ndarray) -> dict[str, np.ndarray]:
+    def _plan(self, constants: Constants) -> RenderPlan:
+        known = self._plans.get(id(constants))
+        if known is None or known[0] is not constants:
+            window = suited_window(self.model, detector_reach_px(constants))
+            known = constants, plan_render(constants, window)
+            self._plans[id(constants)] = known
+        return known[1]
+
+    def _energy(self, photon_energy_eV: float | None) -> float:
+        return photon_energy_eV if photon_energy_eV and photon_energy_eV > 0 else self._energy_eV
+
+    def _infer(self, windows_BHW: np.ndarray,
+               geometry_B4: np.ndarray | None = None) -> dict[str, np.ndarray]:
         if self._engine is None:
             self._engine = open_engine(self.model, self._backend, self._device,
                                        max(1, min(64, len(windows_BHW))))
-        return answers_of(self.model, self._engine.infer(windows_BHW), self._threshold)
+        return answers_of(self.model, self._engine.infer(windows_BHW, geometry_B4),
+                          self._threshold)
+
+
+def _reach_px(shape_HW: tuple[int, ...], beam_center_px: tuple[float, float] | None) -> float:
+    """How far an assembled image extends from the beam, in pixels."""
+    height, width = shape_HW
+    fast, slow = (width / 2, height / 2) if beam_center_px is None else beam_center_px
+    return max(fast, width - fast, slow, height - slow)

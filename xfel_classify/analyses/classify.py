@@ -2,10 +2,15 @@
 
 A model answers one or more tasks.  A yes/no task ``hit`` gives the columns ``hit/score``
 (probability of the positive class) and ``hit/label`` (1 when the score reaches the threshold); a
-task with more classes gives ``<task>/label`` (most probable class) and ``<task>/probability``.
+task with more classes gives ``<task>/label`` (most probable class) and ``<task>/probability``; a
+number gives ``<task>/<value>``, for example ``resolution/d_A``.
+
+Models with a geometry input are told distance, pixel size, wavelength and pooling factor of every
+event.  An event whose distance is not known has no answer from them.
 """
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -27,13 +32,20 @@ from ..preprocess import plan_render, render
 
 log = logging.getLogger(__name__)
 
+HC_EV_A = 12398.419843
+COVERED = 0.8
+"""Share of a detector's reach that a pooled window covers at least."""
+
 
 def columns_of(model: Model, thresholds: Mapping[str, float]) -> dict[str, Column]:
     """The columns that ``model`` gives; ``thresholds`` overrides the card's by task name."""
     columns: dict[str, Column] = {}
     for task in model.card.tasks:
         by = f"{model.name} {model.version}"
-        if task.positive:
+        if task.kind == "regression":
+            columns[f"{task.name}/{task.value}"] = Column(
+                "float32", unit=task.unit, doc=f"{task.value} by {by}")
+        elif task.positive:
             others = [c for c in task.classes if c != task.positive]
             negative = others[0] if len(others) == 1 else f"not {task.positive}"
             threshold = thresholds.get(task.name, task.threshold)
@@ -57,7 +69,14 @@ def answers_of(model: Model, outputs: Mapping[str, np.ndarray],
     answers: dict[str, np.ndarray] = {}
     for task in model.card.tasks:
         probabilities_BK = outputs[task.output]
-        if task.positive:
+        if task.kind == "regression":
+            value = probabilities_BK[:, 0].astype(np.float32)
+            if task.transform == "reciprocal":      # 0 and below mean nothing
+                positive = value > 0
+                value = np.where(positive, 1 / np.where(positive, value, np.float32(1)),
+                                 np.float32(np.nan))
+            answers[f"{task.name}/{task.value}"] = value
+        elif task.positive:
             score = probabilities_BK[:, task.positive_index].astype(np.float32)
             answers[f"{task.name}/score"] = score
             answers[f"{task.name}/label"] = (
@@ -77,6 +96,43 @@ def photons_scale(window: Window, unit: str, photon_energy_eV: float) -> float:
     return 1.0
 
 
+def suited_window(model: Model, reach_px: float) -> Window:
+    """The card's window, pooled so that it covers most of ``reach_px`` detector pixels.
+
+    ``reach_px`` is how far the detector extends from the beam.  Without ``pools`` in the card
+    it is the card's window; with them, the smallest factor that covers the detector, else the
+    largest.
+    """
+    window, pools = model.window, sorted(model.card.pools)
+    if not pools:
+        return window
+    side = max(window.shape) / (1 if window.kind == "quadrant" else 2)
+    covering = [pool for pool in pools if pool * side >= COVERED * reach_px]
+    return dataclasses.replace(window, pool=covering[0] if covering else pools[-1])
+
+
+def detector_reach_px(constants: Constants) -> float:
+    """Largest |x| or |y| of a pixel of the detector, in pixels."""
+    geometry = constants.geometry
+    reach = max(np.abs(geometry.x_m_PSF).max(initial=0), np.abs(geometry.y_m_PSF).max(initial=0))
+    return float(reach) / geometry.pixel_size_m
+
+
+def geometry_row(distance_m: float | None, pixel_size_m: float, photon_energy_eV: float,
+                 pool: int) -> np.ndarray:
+    """float32 (4,): distance in mm, pixel in mm, wavelength in angstrom, pool; NaN = not known."""
+    return np.array([np.nan if distance_m is None else 1e3 * distance_m, 1e3 * pixel_size_m,
+                     HC_EV_A / photon_energy_eV, pool], np.float32)
+
+
+def combined(model: Model, answers: list[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+    """One answer from those of several quadrants: mean probability, smallest d, mean number."""
+    if len(answers) == 1:
+        return answers[0]
+    return {task.output: (np.max if task.transform == "reciprocal" else np.mean)(
+        [one[task.output] for one in answers], axis=0) for task in model.card.tasks}
+
+
 class Analysis:
     """One model asked about every event."""
 
@@ -91,6 +147,7 @@ class Analysis:
         device: str | None = None               # the runtime's word for a device
         threshold: dict[str, float] = {}        # task name -> threshold instead of the card's
         only: str = ""                          # column that gates this model
+        quadrants: list[str] = []               # several of A to D instead of the card's one
 
     def __init__(self, config: Config | None = None) -> None:
         self._config = config or self.Config()
@@ -102,6 +159,12 @@ class Analysis:
             if task not in known:
                 raise ConfigurationError(f"model {self.model.name} has no task {task!r} to set a "
                                          f"threshold for; its tasks: {', '.join(known)}")
+        quadrants = self._config.quadrants
+        if quadrants and (self.model.window.kind != "quadrant" or set(quadrants) - set("ABCD")):
+            raise ConfigurationError(
+                f"model {self.model.name} was asked about the quadrants {', '.join(quadrants)}; "
+                f"its window is a {self.model.window.kind}; quadrants A, B, C and D go with "
+                "models that look at one")
         self.model_sha256 = self.model.sha256
         self.columns = columns_of(self.model, self._config.threshold)
         self.panels: tuple[int, ...] | None = None
@@ -109,11 +172,15 @@ class Analysis:
         self._opened = ""
 
     def start(self, run: RunInfo, constants: Constants, batch: int) -> None:
-        window = self.model.window
-        self._plan = plan_render(constants, window)
-        self.panels = tuple(int(p) for p in self._plan.panels)
+        window = suited_window(self.model, detector_reach_px(constants))
+        self._plans = [plan_render(constants, dataclasses.replace(window, quadrant=quadrant))
+                       for quadrant in self._config.quadrants or [window.quadrant]]
+        self._pool = window.pool
+        self.panels = tuple(sorted({int(p) for plan in self._plans for p in plan.panels}))
         self._unit = constants.unit
-        self._images_BHW = np.zeros((batch, *window.shape), np.float32)
+        self._images_QBHW = np.zeros((len(self._plans), batch, *window.shape), np.float32)
+        self._geometry_B4 = np.zeros((batch, 4), np.float32)
+        self._geometry, self._said = constants.geometry, False
         trained = self.model.card.detectors
         if trained and run.detector_kind not in trained:
             log.warning("model %s was trained for %s, this run has %s: check its answers against "
@@ -126,29 +193,54 @@ class Analysis:
         self._opened = f"{self._engine.name} {self._engine.precision}"
 
     def take(self, frame: CalibratedFrame, row: int) -> None:
-        render(frame.raw_PSF, self._plan, self._images_BHW[row],
-               scale=photons_scale(self.model.window, self._unit, frame.photon_energy_eV))
+        scale = photons_scale(self.model.window, self._unit, frame.photon_energy_eV)
+        for images_BHW, plan in zip(self._images_QBHW, self._plans, strict=True):
+            render(frame.raw_PSF, plan, images_BHW[row], scale=scale)
+        if self.model.card.geometry:
+            distance_m = frame.frame.scalars.get("distance_m", self._geometry.distance_m)
+            self._geometry_B4[row] = geometry_row(distance_m, self._geometry.pixel_size_m,
+                                                  frame.photon_energy_eV, self._pool)
 
     def process(self, batch: Batch) -> Mapping[str, Any]:
-        selected = np.flatnonzero(batch.selected_B)
-        whole = len(selected) == len(batch)
-        images_BHW = self._images_BHW[:len(batch)] if whole else self._images_BHW[selected]
-        found = answers_of(self.model, self._engine.infer(images_BHW), self._config.threshold)
+        answered_B = batch.selected_B
+        if self.model.card.geometry:
+            answered_B = answered_B & self._known(len(batch), answered_B)
+        chosen = np.flatnonzero(answered_B)
+        whole = len(chosen) == len(batch)
+        rows: Any = slice(len(batch)) if whole else chosen
+        geometry_B4 = self._geometry_B4[rows] if self.model.card.geometry else None
+        found = answers_of(self.model, combined(self.model, [
+            self._engine.infer(images_BHW[rows], geometry_B4)
+            for images_BHW in self._images_QBHW]), self._config.threshold)
         if whole:
             return found
         answers = {}
         for name, column in self.columns.items():
             answers[name] = np.full((len(batch), *column.shape), column.missing, column.dtype)
-            answers[name][selected] = found[name]
+            answers[name][chosen] = found[name]
         return answers
+
+    def _known(self, count: int, selected_B: np.ndarray) -> np.ndarray:
+        known_B = np.isfinite(self._geometry_B4[:count]).all(axis=1) & (
+            self._geometry_B4[:count, 0] > 0)
+        if not self._said and not known_B[selected_B].all():
+            self._said = True
+            log.warning("model %s needs the distance of the detector, which neither the geometry "
+                        "nor the event tells: such events have no answer; give "
+                        "source.distance_m", self.model.name)
+        return known_B
 
     def totals(self) -> Mapping[str, Any]:
         return {}
 
     def attributes(self) -> Mapping[str, Any]:
         prefix = f"model_{self.model.name}"
-        return {f"{prefix}_version": self.model.version, f"{prefix}_sha256": self.model.sha256,
-                f"{prefix}_engine": self._opened}
+        said: dict[str, Any] = {
+            f"{prefix}_version": self.model.version, f"{prefix}_sha256": self.model.sha256,
+            f"{prefix}_engine": self._opened}
+        if self.model.card.pools and self._opened:
+            said[f"{prefix}_pool"] = self._pool
+        return said
 
     def close(self) -> None:
         if self._engine is not None:

@@ -22,7 +22,7 @@ def execute(args: argparse.Namespace) -> int:
         print(f"runtimes here: {', '.join(available_backends()) or 'none'}")
         for model in models:
             window = model.window
-            tasks = ", ".join(f"{task.name} ({'/'.join(task.classes)})"
+            tasks = ", ".join(f"{task.name} ({'/'.join(task.classes) or task.value})"
                               for task in model.card.tasks)
             print(f"{model.name} {model.version}  sha256 {model.sha256[:12]}...  {tasks}; "
                   f"{window.kind} {window.height} x {window.width}\n  {model.directory}")

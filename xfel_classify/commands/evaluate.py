@@ -23,11 +23,21 @@ def execute(args: argparse.Namespace) -> int:
     from ..engines import find_model
     from ..learn.evaluation import evaluate_recipe
     from ..learn.export import write_metrics
+    from ..learn.stills import trains_on_stills
+    from ..learn.stills_export import write_stills_metrics
+    from ..learn.stills_scores import evaluate_stills
 
-    evaluation = evaluate_recipe(args.model, args.split, args.recipe, args.backend,
-                                 args.processes)
+    model = find_model(args.model)
+    asked = model, args.split, args.recipe, args.backend, args.processes
+    command = shlex.join(["xfel-classify", *sys.argv[1:]])
+    if trains_on_stills(args.recipe or model.directory / "recipe.toml"):
+        stills = evaluate_stills(*asked)
+        print(stills)
+        if args.keep:
+            write_stills_metrics(model, args.split, stills, command)
+        return 0
+    evaluation = evaluate_recipe(*asked)
     print(evaluation)
     if args.keep:
-        write_metrics(find_model(args.model), args.split, evaluation,
-                      shlex.join(["xfel-classify", *sys.argv[1:]]))
+        write_metrics(model, args.split, evaluation, command)
     return 0

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from .train import require_learn
 
@@ -16,7 +17,13 @@ def execute(args: argparse.Namespace) -> int:
     require_learn()
     from ..engines import check_model
     from ..learn.export import export_model
+    from ..learn.stills import trains_on_stills
+    from ..learn.stills_export import export_stills_model
+    from ..learn.training import RECIPE
 
-    model = export_model(args.training, args.model, overwrite=args.overwrite)
+    recipe = Path(args.training) / RECIPE
+    stills = recipe.exists() and trains_on_stills(recipe)
+    model = (export_stills_model if stills else export_model)(args.training, args.model,
+                                                              overwrite=args.overwrite)
     print(check_model(model))
     return 0

@@ -159,9 +159,9 @@ def describe(summary: RunSummary) -> str:
     lines += [f"  {path}" for path in summary.files]
     if not summary.complete:
         lost = int(expected) - summary.events + summary.unreadable
-        lines.append(f"INCOMPLETE: {lost} events of the run could not "
-                     "be read; the files say so. Restore the missing files, then run the same "
-                     "command with --resume")
+        lines.append(f"INCOMPLETE: {lost} of the run's events have no result (files damaged or "
+                     "missing, or not all ranks finished); the summary says so. Restore what is "
+                     "missing, then run the same command with --resume")
     return "\n".join(lines)
 
 

@@ -4,7 +4,11 @@ A model is a directory::
 
     card.toml    meaning: tasks and classes, window, thresholds, provenance, metrics, hash
     model.onnx   the network, probabilities inside the graph
-    check.npz    input images and the outputs they must give
+    check.npz    input images (and geometry) and the outputs they must give
+
+A task is a choice between classes (probabilities) or, with ``kind = "regression"``, a number.  A
+model whose card names a ``geometry`` input sees, besides each image, (distance in mm, detector
+pixel in mm, wavelength in angstrom, pooling factor f).
 
 :func:`find_model` looks, in this order, at an explicit path, ``$XFEL_CLASSIFY_MODELS``
 (directories separated like ``$PATH``), entry points of the group ``xfel_classify.models`` (each
@@ -39,18 +43,27 @@ CARD, ONNX, CHECK = "card.toml", "model.onnx", "check.npz"
 MODELS_VARIABLE = "XFEL_CLASSIFY_MODELS"
 MODELS_GROUP = "xfel_classify.models"
 FLOAT32_TOLERANCE = 1e-5
-"""Largest difference of a probability that a float32 runtime may show when a card names none."""
+"""Largest difference of an output that a float32 runtime may show when a card names none."""
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """One question that a model answers for an image."""
 
     name: str                       # column group in the summary, e.g. "hit"
-    output: str                     # name of the ONNX output, (B, K) probabilities
-    classes: list[str]              # meaning of the K values, in order
+    output: str                     # name of the ONNX output, (B, K) probabilities or (B, 1)
+    kind: str = "classes"           # or "regression": one number
+    classes: list[str] = []         # meaning of the K values, in order
     positive: str = ""              # class whose probability is the score of a yes/no question
     threshold: float = 0.5          # yes when score >= threshold
     threshold_chosen: str = ""      # how the threshold was chosen, in words
+    value: str = "value"            # of a regression: its column is <name>/<value>
+    unit: str = ""                  # ... of that column
+    transform: str = "none"         # ... from the output to the column: none, reciprocal
+
+    @property
+    def width(self) -> int:
+        """K of the output."""
+        return 1 if self.kind == "regression" else len(self.classes)
 
     @property
     def positive_index(self) -> int:
@@ -68,6 +81,8 @@ class Card(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     window: Window = Window()       # what the network sees of a frame, and its scaling
     summary: str = ""               # one sentence for a list of models
     input: str = "images"           # name of the ONNX input, (B, 1, H, W) float32
+    geometry: str = ""              # name of a second input, (B, 4) float32; "" = has none
+    pools: list[int] = []           # pooling factors it was trained for; empty = the window's
     architecture: str = ""          # file in xfel_classify/learn/networks
     detectors: list[str] = []       # kinds it was trained for; empty = any
     photon_energy_eV: list[float] = []     # lowest and highest of the training; empty = any
@@ -151,13 +166,30 @@ def card_from_table(table: Mapping[str, Any], where: str) -> Card:
         raise ModelInvalid(f"card {where} has no [[tasks]]; state at least one with name, output "
                            "and classes")
     for task in card.tasks:
+        if wrong := _wrong_kind(task):
+            raise ModelInvalid(f"card {where}: task {task.name} {wrong}")
         if task.positive and task.positive not in task.classes:
             raise ModelInvalid(f"card {where}: task {task.name} calls {task.positive!r} positive, "
                                f"its classes are {', '.join(task.classes)}")
         if not 0.0 <= task.threshold <= 1.0:
             raise ModelInvalid(f"card {where}: task {task.name} has the threshold "
                                f"{task.threshold}; a probability lies between 0 and 1")
+    if any(pool < 1 for pool in card.pools):
+        raise ModelInvalid(f"card {where}: pools are {card.pools}; a pooling factor is at least 1")
     return card
+
+
+def _wrong_kind(task: Task) -> str:
+    """What is wrong about the kind of a task, or ""."""
+    if task.kind not in ("classes", "regression"):
+        return f"is of kind {task.kind!r}; valid are classes, regression"
+    if task.transform not in ("none", "reciprocal"):
+        return f"has the transform {task.transform!r}; valid are none, reciprocal"
+    if task.kind == "classes" and not task.classes:
+        return "has no classes; name them, or state kind = \"regression\""
+    if task.kind == "regression" and (task.classes or task.positive):
+        return "is a regression and has classes; leave them out"
+    return ""
 
 
 def _window(table: Mapping[str, Any], where: str) -> Window:
@@ -350,8 +382,8 @@ class CheckReport:
         return "\n".join(lines)
 
 
-def read_check(model: Model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """(images_BHW float32, {output name: expected_BK}) of a model's ``check.npz``."""
+def read_check(model: Model) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
+    """(images_BHW, geometry_B4 or None, {output name: expected_BK}) of a model's ``check.npz``."""
     try:
         with np.load(model.check_path, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
@@ -362,12 +394,14 @@ def read_check(model: Model) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         raise ModelInvalid(f"{model.check_path} cannot be read: {error}; fetch the model "
                            "again") from error
     wanted = [task.output for task in model.card.tasks]
-    missing = [name for name in ["images", *wanted] if name not in arrays]
+    inputs = ["images", "geometry"] if model.card.geometry else ["images"]
+    missing = [name for name in [*inputs, *wanted] if name not in arrays]
     if missing:
         raise ModelInvalid(f"{model.check_path} lacks {', '.join(missing)}; it holds "
                            f"{', '.join(arrays)}: export the model again")
     images_BHW = arrays["images"].astype(np.float32)
-    return images_BHW, {name: arrays[name] for name in wanted}
+    geometry_B4 = arrays["geometry"].astype(np.float32) if model.card.geometry else None
+    return images_BHW, geometry_B4, {name: arrays[name] for name in wanted}
 
 
 def check_model(model: Model | str | Path, backend: str = "all") -> CheckReport:
@@ -379,12 +413,12 @@ def check_model(model: Model | str | Path, backend: str = "all") -> CheckReport:
     from . import available_backends, open_engine
 
     model = load_model(find_model(model).directory)
-    images_BHW, expected = read_check(model)
+    images_BHW, geometry_B4, expected = read_check(model)
     checks = []
     for name in available_backends(model) if backend == "all" else [backend]:
         try:
             with open_engine(model, backend=name) as engine:
-                outputs = engine.infer(images_BHW)
+                outputs = engine.infer(images_BHW, geometry_B4)
         except ModelInvalid as error:
             checks.append(BackendCheck(name, "", len(images_BHW), float("nan"), 0.0, str(error)))
             continue

@@ -321,23 +321,24 @@ def mps_pipe() -> str:
     return str(folder) if stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) else ""
 
 
-def check_budget(device: Device, free_bytes: int, need_bytes: int, ranks: int) -> None:
+def check_budget(device: Device, need_bytes: int, ranks: int, free_bytes: int,
+                 still_bytes: int) -> None:
     """Refuse when the ranks of one GPU do not fit on it together.
 
-    ``need_bytes`` is one rank's share with its context, ``free_bytes`` what this rank sees free
-    with its context made and nothing else allocated.  Ranks that started earlier have already
-    taken theirs, so the whole memory bounds the number, the free memory bounds this rank.
+    ``need_bytes`` is one rank's share with its context; of it, ``still_bytes`` are not yet
+    allocated while ``free_bytes`` are free.  The whole memory bounds the number of ranks, the
+    free memory this one: other programs may use the GPU.
     """
     fit = int(0.95 * device.memory_bytes) // need_bytes
     if ranks > fit:
         raise EngineError(
             f"{ranks} ranks share {device}, each needs {need_bytes / 2**20:.0f} MiB: at most "
             f"{fit} fit; start fewer ranks per node, or use a smaller batch")
-    if need_bytes > free_bytes + CONTEXT_BYTES:
+    if still_bytes > free_bytes:
         raise EngineError(
-            f"{device} has {free_bytes / 2**20:.0f} MiB free, this rank needs "
-            f"{need_bytes / 2**20:.0f} MiB: other processes use the rest; see nvidia-smi, use a "
-            "smaller batch or another GPU")
+            f"{device} has {free_bytes / 2**20:.0f} MiB free, this rank needs another "
+            f"{still_bytes / 2**20:.0f} MiB: other processes use the rest; see nvidia-smi, use a "
+            "smaller batch, or another GPU")
 
 
 CONTEXT_BYTES = 600 << 20

@@ -21,6 +21,7 @@ class Engine(Runtime):
 
     name = "onnxruntime"
     package = "onnxruntime"
+    takes_geometry = True
 
     def __init__(self, model: Model, device: str | None = None, max_batch: int = 64) -> None:
         super().__init__(model, device, max_batch)
@@ -59,10 +60,19 @@ class Engine(Runtime):
         self._outputs = [task.output for task in self.model.card.tasks]
 
     def _run(self, images_B1HW: np.ndarray) -> dict[str, np.ndarray]:
+        return self._answers({self.model.card.input: images_B1HW}, len(images_B1HW))
+
+    def _run_with_geometry(self, images_B1HW: np.ndarray,
+                           geometry_B4: np.ndarray) -> dict[str, np.ndarray]:
+        card = self.model.card
+        return self._answers({card.input: images_B1HW, card.geometry: geometry_B4},
+                             len(images_B1HW))
+
+    def _answers(self, given: dict[str, np.ndarray], count: int) -> dict[str, np.ndarray]:
         try:
-            values = self._session.run(self._outputs, {self.model.card.input: images_B1HW})
+            values = self._session.run(self._outputs, given)
         except self._errors as error:
-            raise EngineError(f"onnxruntime failed on {len(images_B1HW)} images of model "
+            raise EngineError(f"onnxruntime failed on {count} images of model "
                               f"{self.model.name}: {error}; try backend = \"torch\"") from error
         return dict(zip(self._outputs, values, strict=True))
 

@@ -1,6 +1,7 @@
 """What all engines share: checking images, splitting batches, checking outputs."""
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,14 @@ class Runtime:
     name = ""
     package = ""            # the Python package that must be installed
     precision = "float32"
+    precisions: tuple[str, ...] = ("float32",)      # that can be asked for
+    takes_geometry = False  # True: defines ``_run_with_geometry`` as well
+
+    @classmethod
+    def absence(cls) -> str:
+        """Why this runtime cannot be used on this machine at all; "" when it may be."""
+        there = importlib.util.find_spec(cls.package) is not None
+        return "" if there else f"the package {cls.package} is not installed"
 
     @classmethod
     def executes(cls, model: Model) -> bool:
@@ -45,6 +54,11 @@ class Runtime:
         """Outputs of 1 to ``chunk`` images."""
         raise NotImplementedError
 
+    def _run_with_geometry(self, images_B1HW: np.ndarray,
+                           geometry_B4: np.ndarray) -> dict[str, np.ndarray]:
+        """The same for models with a geometry input, where ``takes_geometry``."""
+        raise NotImplementedError
+
     def _stop(self) -> None:
         """Give back what ``_start`` took."""
 
@@ -53,6 +67,10 @@ class Runtime:
     def open(self) -> None:
         """Load the network and take the device; does nothing when open already."""
         if not self._opened:
+            if self.model.card.geometry and not self.takes_geometry:
+                raise EngineError(f"the {self.name} engine runs models without a geometry input "
+                                  f"only, model {self.model.name} has one; use --backend "
+                                  "onnxruntime")
             self._start(self.model.onnx_path)
             self._opened = True
 
@@ -69,11 +87,38 @@ class Runtime:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def infer(self, images_BHW: np.ndarray) -> dict[str, np.ndarray]:
-        """{output name: (B, K) float32 probabilities}, fresh arrays, any B >= 0.
+    def infer(self, images_BHW: np.ndarray,
+              geometry_B4: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """{output name: (B, K) float32 probabilities or values}, fresh arrays, any B >= 0.
 
         ``images_BHW`` are normalized as the card's window says; H and W are the card's.
+        ``geometry_B4`` (distance mm, pixel mm, wavelength A, pool) is needed by models whose card
+        names a geometry input, and ignored by others.
         """
+        images_BHW, geometry_B4, outputs = self._accept(images_BHW, geometry_B4)
+        for start in range(0, len(images_BHW), self.chunk):
+            part_BHW = images_BHW[start:start + self.chunk]
+            part_B1HW = np.ascontiguousarray(part_BHW, np.float32)[:, None]
+            found = self._run(part_B1HW) if geometry_B4 is None else self._run_with_geometry(
+                part_B1HW, geometry_B4[start:start + self.chunk])
+            for name, values_BK in found.items():
+                if name in outputs:
+                    outputs[name][start:start + len(part_BHW)] = values_BK
+        return outputs
+
+    def _geometry(self, geometry_B4: np.ndarray | None, count: int) -> np.ndarray | None:
+        if not self.model.card.geometry:
+            return None
+        if geometry_B4 is None or np.shape(geometry_B4) != (count, 4):
+            found = "none" if geometry_B4 is None else f"shape {np.shape(geometry_B4)}"
+            raise EngineError(
+                f"model {self.model.name} needs the geometry of its {count} images, got {found}; "
+                "give (B, 4): distance in mm, pixel in mm, wavelength in angstrom, pool")
+        return np.ascontiguousarray(geometry_B4, np.float32)
+
+    def _accept(self, images_BHW: np.ndarray, geometry_B4: np.ndarray | None,
+                ) -> tuple[np.ndarray, np.ndarray | None, dict[str, np.ndarray]]:
+        """The images and their geometry, checked, and arrays for their outputs."""
         if not self._opened:
             raise EngineError(f"{self.name} engine of model {self.model.name} is not open; "
                               "call open() first, or use it in a with block")
@@ -84,21 +129,17 @@ class Runtime:
                 f"model {self.model.name} takes images of shape (B, {height}, {width}), got "
                 f"{images_BHW.shape}; render frames through the card's window"
             )
-        outputs = {task.output: np.empty((len(images_BHW), len(task.classes)), np.float32)
-                   for task in self.model.card.tasks}
-        for start in range(0, len(images_BHW), self.chunk):
-            part_BHW = images_BHW[start:start + self.chunk]
-            part_B1HW = np.ascontiguousarray(part_BHW, np.float32)[:, None]
-            for name, values_BK in self._run(part_B1HW).items():
-                if name in outputs:
-                    outputs[name][start:start + len(part_BHW)] = values_BK
-        return outputs
+        return images_BHW, self._geometry(geometry_B4, len(images_BHW)), {
+            task.output: np.empty((len(images_BHW), task.width), np.float32)
+            for task in self.model.card.tasks}
 
     def _check_signature(self, inputs: list[str], outputs: dict[str, int | None]) -> None:
         """Compare the graph's input names and {output: K or None} with the card."""
         card = self.model.card
-        if inputs != [card.input]:
-            raise ModelInvalid(f"model {card.name}: the card names the input {card.input!r}, "
+        wanted = [card.input, card.geometry] if card.geometry else [card.input]
+        if inputs != wanted:
+            named = " and ".join(repr(name) for name in wanted)
+            raise ModelInvalid(f"model {card.name}: the card names the input {named}, "
                                f"the network has {inputs}; correct the card or export again")
         for task in card.tasks:
             if task.output not in outputs:
@@ -106,7 +147,8 @@ class Runtime:
                     f"model {card.name}: task {task.name} reads the output {task.output!r}, the "
                     f"network has {sorted(outputs)}; correct the card or export again")
             width = outputs[task.output]
-            if width is not None and width != len(task.classes):
+            if width is not None and width != task.width:
+                what = "is a number" if task.kind == "regression" else f"has {task.width} classes"
                 raise ModelInvalid(
-                    f"model {card.name}: task {task.name} has {len(task.classes)} classes, the "
+                    f"model {card.name}: task {task.name} {what}, the "
                     f"output {task.output!r} has {width} values; correct the card")

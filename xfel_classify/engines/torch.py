@@ -24,6 +24,7 @@ class Engine(Runtime):
 
     name = "torch"
     package = "torch"
+    takes_geometry = True
 
     def __init__(self, model: Model, device: str | None = None, max_batch: int = 64) -> None:
         super().__init__(model, device, max_batch)
@@ -56,11 +57,18 @@ class Engine(Runtime):
         self._check_signature(self._graph.inputs, self._graph.outputs)
 
     def _run(self, images_B1HW: np.ndarray) -> dict[str, np.ndarray]:
+        return self._answers(images_B1HW)
+
+    def _run_with_geometry(self, images_B1HW: np.ndarray,
+                           geometry_B4: np.ndarray) -> dict[str, np.ndarray]:
+        return self._answers(images_B1HW, geometry_B4)
+
+    def _answers(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
         import torch
 
         assert self._graph is not None
         with torch.inference_mode(), _one_thread():
-            return self._graph(images_B1HW)
+            return self._graph(*inputs)
 
     def _stop(self) -> None:
         self._graph = None
@@ -117,11 +125,13 @@ class TorchGraph:
             self.steps.append((OPERATORS[node.op_type], list(node.input), attributes,
                                node.output[0]))
 
-    def __call__(self, images_B1HW: np.ndarray) -> dict[str, np.ndarray]:
+    def __call__(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
+        """Outputs for arrays in the order of ``inputs``."""
         import torch
 
         values: dict[str, Any] = dict(self.weights)
-        values[self.inputs[0]] = torch.from_numpy(images_B1HW).to(self.device)
+        for name, array in zip(self.inputs, inputs, strict=True):
+            values[name] = torch.from_numpy(array).to(self.device)
         for function, names, attributes, output in self.steps:
             tensors = [values[name] if name else None for name in names]
             values[output] = function(tensors, attributes)
@@ -220,6 +230,29 @@ def _concat(tensors: Tensors, attributes: Attributes) -> Any:
     return torch.cat(tensors, dim=attributes["axis"])
 
 
+def _slice(tensors: Tensors, attributes: Attributes) -> Any:
+    starts, ends = tensors[1].tolist(), tensors[2].tolist()
+    axes = tensors[3].tolist() if len(tensors) > 3 else range(len(starts))
+    steps = tensors[4].tolist() if len(tensors) > 4 else [1] * len(starts)
+    found = tensors[0]
+    for axis, start, end, step in zip(axes, starts, ends, steps, strict=True):
+        if step < 1:
+            raise EngineError(f"the torch engine slices forwards only, this Slice has the step "
+                              f"{step}; use onnxruntime")
+        place = [slice(None)] * found.dim()
+        place[axis] = slice(start, end, step)
+        found = found[tuple(place)]
+    return found
+
+
+def _unsqueeze(tensors: Tensors, attributes: Attributes) -> Any:
+    rank = tensors[0].dim() + len(tensors[1])
+    found = tensors[0]
+    for axis in sorted(axis % rank for axis in tensors[1].tolist()):
+        found = found.unsqueeze(axis)
+    return found
+
+
 def _clip(tensors: Tensors, attributes: Attributes) -> Any:
     bounds = [*tensors[1:], None, None][:2]
     return tensors[0].clamp(min=bounds[0], max=bounds[1])
@@ -227,6 +260,7 @@ def _clip(tensors: Tensors, attributes: Attributes) -> Any:
 
 OPERATORS: dict[str, Callable[[Tensors, Attributes], Any]] = {
     "Add": lambda t, a: t[0] + t[1],
+    "Atan": lambda t, a: t[0].atan(),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
     "Clip": _clip,
@@ -238,6 +272,7 @@ OPERATORS: dict[str, Callable[[Tensors, Attributes], Any]] = {
     "GlobalAveragePool": lambda t, a: t[0].mean(dim=(2, 3), keepdim=True),
     "Identity": lambda t, a: t[0],
     "LeakyRelu": lambda t, a: _functional().leaky_relu(t[0], a.get("alpha", 0.01)),
+    "Log": lambda t, a: t[0].log(),
     "MatMul": lambda t, a: t[0] @ t[1],
     "MaxPool": _max_pool,
     "Mul": lambda t, a: t[0] * t[1],
@@ -247,7 +282,10 @@ OPERATORS: dict[str, Callable[[Tensors, Attributes], Any]] = {
     "Relu": lambda t, a: t[0].relu(),
     "Reshape": _reshape,
     "Sigmoid": lambda t, a: t[0].sigmoid(),
+    "Sin": lambda t, a: t[0].sin(),
+    "Slice": _slice,
     "Softmax": lambda t, a: t[0].softmax(dim=a.get("axis", -1)),
     "Sqrt": lambda t, a: t[0].sqrt(),
     "Sub": lambda t, a: t[0] - t[1],
+    "Unsqueeze": _unsqueeze,
 }

@@ -230,7 +230,7 @@ def write_labels(labels: Labels, path: str | Path, *, command: str = "",
             "format": FORMAT, "format_version": FORMAT_VERSION, "name": labels.name,
             "kind": labels.kind, "rule": labels.rule, "exp": labels.exp, "run": labels.run,
             "events": len(labels), "hits": labels.hits, "dropped": labels.dropped,
-            "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "command": command, "xfel_classify_version": version("xfel-classify"),
         } | {f"source_{key}": str(value) for key, value in labels.provenance.items()})
         write_array(file, "timestamp", labels.timestamp_N.astype(np.int64), units="",
@@ -271,7 +271,7 @@ def _text(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-# --- joining two sets ------------------------------------------------------------------------------
+# --- joining two sets ----------------------------------------------------------------------
 
 def with_identity(labels: Labels, summary: str | Path) -> Labels:
     """The same labels as those of the events of a summary: experiment, run and time stamps.

@@ -18,7 +18,7 @@ class Markup(str):
     __slots__ = ()
 
 
-def tag(name: str, *content: Any, **attributes: Any) -> Markup:
+def tag(name: str, /, *content: Any, **attributes: Any) -> Markup:
     """An element; ``class_`` is written ``class``, underscores in names become hyphens.
 
     Content that is None is left out, as are attributes that are None.
@@ -34,7 +34,7 @@ def tag(name: str, *content: Any, **attributes: Any) -> Markup:
 
 def join(*content: Any) -> Markup:
     """Elements and texts one after another; lists are taken apart."""
-    pieces = []
+    pieces: list[str] = []
     for piece in content:
         if isinstance(piece, (list, tuple)):
             pieces.append(join(*piece))

@@ -209,7 +209,7 @@ def _quadrant(c: StillConditions, quadrant: str, lattices: list[np.ndarray],
     y = sign[1] * (spots.y_m_N / p + c.center_jitter_px[1])
     near = (x > -12) & (x < side + 12) & (y > -12) & (y < side + 12)
     spots, x, y = spots.take(near), x[near], y[near]
-    _paint(c, expected, spots, x, y, sign[0] * sign[1])
+    _paint(c, expected, spots, x, y)
     good = _good(c, quadrant)
     if c.shadow < 1:
         _cast_shadow(c, shared, sign, expected, good)
@@ -221,9 +221,9 @@ def _quadrant(c: StillConditions, quadrant: str, lattices: list[np.ndarray],
     return np.ascontiguousarray(photons[turned]), np.ascontiguousarray(good[turned]), seen
 
 
-def _paint(c: StillConditions, expected: np.ndarray, spots: Spots, x: np.ndarray, y: np.ndarray,
-           handed: int) -> None:
-    """Add spots; ``handed`` is irrelevant for |x|, |y| axes, where the radial direction is (x, y)."""
+def _paint(c: StillConditions, expected: np.ndarray, spots: Spots, x: np.ndarray,
+           y: np.ndarray) -> None:
+    """Add spots at (x, y) pixels from the beam, longer along and across the radial direction."""
     if not len(spots):
         return
     radius = np.maximum(np.hypot(x, y), 1e-6)

@@ -44,6 +44,9 @@ STILL_PRESETS = {
     "uniform_f1": StillPreset("uniform", 0.5, (1,)),
     "gaussian_f1": StillPreset("gaussian", 0.5, (1,)),
     "resolution_f1": StillPreset("uniform", 0.1, (1,)),
+    "uniform_f12": StillPreset("uniform", 0.5, (1, 2)),
+    "gaussian_f12": StillPreset("gaussian", 0.5, (1, 2)),
+    "resolution_f12": StillPreset("uniform", 0.1, (1, 2)),
 }
 
 
@@ -189,7 +192,7 @@ def draw_still(seed: int, run: int, event: int, preset: str = "resolution") -> S
             break
     d = 0.5 / float(rng.uniform(0.15, 0.35))
     if rng.random() < 0.5 or d < 0.85 / q_edge:
-        d = float(rng.uniform(1.0 / q_edge, 6.0))
+        d = float(rng.uniform(max(1.4, 1.0 / q_edge), 6.0))
     lattices = 1 if rng.random() >= chosen.multiple else int(rng.integers(2, 4))
     angles, sigma = _missettings(rng, chosen, lattices - 1)
     shares = rng.dirichlet((1.2, 0.8, 0.5, 0.4))

@@ -3,6 +3,7 @@
 The first convolution has one input channel, the 1000-way ``fc`` is kept, and every head is
 Linear 1000 -> 100, ReLU, Linear 100 -> 1.  With one head: 11,783,441 (18), 21,891,601 (34) and
 25,650,961 (50) parameters.  Modules are named as in torchvision, so that its weights fit.
+Depth 10 and narrower stages (``width``) are ours, for training on a CPU.
 
 Axes: B image, C channel, H row, W column, 4 = geometry (see ``_geometry``).
 """
@@ -16,10 +17,9 @@ from torch import Tensor, nn
 from ...core import ConfigurationError
 from ._geometry import inverse_d_A
 
-BLOCKS = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
+BLOCKS = {10: (1, 1, 1, 1), 18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3)}
 HEADS = ("lattice", "resolution")
 BN = ("batch", "frozen_after_1")
-WIDTHS = (64, 128, 256, 512)
 TYPICAL_RADIUS_PX = 150.0
 
 
@@ -84,28 +84,30 @@ class Network(nn.Module):
     ``heads`` are "lattice" (one logit of "more than one lattice") and "resolution" (1/d in
     1/angstrom; with ``geometry`` the head's number is a radius in window pixels).
     ``bn = "frozen_after_1"`` keeps the normalisation in evaluation mode from the second epoch
-    on, as the published code does; training says so by :meth:`begin_epoch`.
+    on, as the published code does; training says so by :meth:`begin_epoch`.  ``width`` is the
+    number of channels of the first stage (64 in the published networks).
     """
 
     def __init__(self, depth: int = 34, heads: Sequence[str] = ("lattice",),
-                 geometry: bool = True, dropout: float = 0.0, bn: str = "batch") -> None:
+                 geometry: bool = True, dropout: float = 0.0, bn: str = "batch",
+                 width: int = 64) -> None:
         super().__init__()
         _check(depth, heads, bn)
         self.outputs = {name: 1 for name in heads}
         self.uses_geometry = geometry and "resolution" in heads
         self.bn, self._frozen = bn, False
-        self.conv1 = nn.Conv2d(1, 64, 7, 2, 3, bias=False)
-        self.bn1 = nn.BatchNorm2d(64)
+        self.conv1 = nn.Conv2d(1, width, 7, 2, 3, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
         self.relu = nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, 2, 1)
         block = Bottleneck if depth == 50 else Basic
-        channels = 64
-        for number, (count, width) in enumerate(zip(BLOCKS[depth], WIDTHS, strict=True), 1):
+        channels = width
+        for number, count in enumerate(BLOCKS[depth]):
             blocks = []
             for i in range(count):
-                blocks.append(block(channels, width, 2 if number > 1 and i == 0 else 1))
-                channels = width * block.expansion
-            setattr(self, f"layer{number}", nn.Sequential(*blocks))
+                blocks.append(block(channels, width << number, 2 if number and i == 0 else 1))
+                channels = (width << number) * block.expansion
+            setattr(self, f"layer{number + 1}", nn.Sequential(*blocks))
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.fc = nn.Linear(channels, 1000)
         self.heads = nn.ModuleDict({name: head(dropout) for name in heads})
@@ -113,13 +115,14 @@ class Network(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
         if self.uses_geometry:      # a radius within the window from the first step on
-            nn.init.constant_(self.heads["resolution"][-1].bias, TYPICAL_RADIUS_PX)
+            last = list(self.heads["resolution"].children())[-1]
+            nn.init.constant_(last.get_parameter("bias"), TYPICAL_RADIUS_PX)
 
     def forward(self, images_B1HW: Tensor, geometry_B4: Tensor | None = None) -> dict[str, Tensor]:
         """{"lattice": logits (B, 1), "resolution": 1/d (B, 1)}, those that were asked for."""
         values = self.maxpool(self.relu(self.bn1(self.conv1(images_B1HW))))
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            values = layer(values)
+        for name in ("layer1", "layer2", "layer3", "layer4"):
+            values = self.get_submodule(name)(values)
         features = self.fc(torch.flatten(self.avgpool(values), 1))
         found = {name: one(features) for name, one in self.heads.items()}
         if self.uses_geometry:
