@@ -18,6 +18,7 @@ from xfel_classify.simulate.stills_conditions import (
     STILL_PRESETS,
     draw_still,
     label_B_A2,
+    modern_d_A,
 )
 
 # sha256 of the crops below: shipped models are trained on these pixels
@@ -117,6 +118,13 @@ def test_presets_draw_the_laws_they_name():
     assert label_B_A2(2.0) == 28.0
     with pytest.raises(ConfigurationError, match="known: uniform, gaussian"):
         draw_still(1, 1, 1, "gauss")
+
+
+def test_the_modern_reading_of_b():
+    d = np.array([1.5, 2.0, 3.0, 6.0])
+    modern = modern_d_A(d)
+    np.testing.assert_allclose(15 * modern ** 2 - 33 * modern + 37, label_B_A2(d), rtol=1e-12)
+    assert (modern < d).any()
 
 
 def _clean(c, **more):

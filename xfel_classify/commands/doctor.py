@@ -327,7 +327,7 @@ def tensorrt() -> Iterator[Finding]:
     there = sorted({f"{d.name} {d.version}" for d in distributions()
                     if d.name and wanted.match(d.name.replace("-", "_"))})
     yield Finding("tensorrt", "ok" if there else "absent", ", ".join(there) or "not installed",
-                  "" if there else "of use only with an NVIDIA GPU, in a later release")
+                  "" if there else "of use only with an NVIDIA GPU")
 
 
 # --- the package's own parts -------------------------------------------------------------------
@@ -401,21 +401,16 @@ def models() -> Iterator[Finding]:
         yield Finding("model", "fault" if wrong else "ok", f"{label}: {said}", get if wrong else "")
 
 
-def cache_directory() -> Path:
-    """Where compiled plans are kept: ``XFEL_CLASSIFY_CACHE``, else the user's cache directory."""
-    given = os.environ.get("XFEL_CLASSIFY_CACHE")
-    if given:
-        return Path(given).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "xfel_classify"
-
-
 def caches() -> Iterator[Finding]:
-    path = cache_directory()
+    from ..engines.plans import SUFFIX, cache_root
+
+    path = cache_root()
     nearest = next(p for p in (path, *path.parents) if p.exists())
     if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK):
         free_GB = shutil.disk_usage(nearest).free / 1e9
-        yield Finding("cache", "ok", f"{path}, writable, {free_GB:.1f} GB free")
+        plans = sum(1 for _ in path.rglob(f"*{SUFFIX}")) if path.is_dir() else 0
+        yield Finding("cache", "ok", f"{path}, writable, {free_GB:.1f} GB free, {plans} compiled "
+                      "plans")
     else:
         yield Finding("cache", "absent", f"{path} cannot be written",
                       "export XFEL_CLASSIFY_CACHE=/a/writable/directory")

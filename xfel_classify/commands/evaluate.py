@@ -16,6 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, default=1, help="that simulate (default: 1)")
     parser.add_argument("--keep", action="store_true",
                         help="write the result into the model's card, with date and command")
+    parser.add_argument("--report", metavar="FILE.html",
+                        help="also write a page with tables and curves (yes/no models)")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -40,4 +42,8 @@ def execute(args: argparse.Namespace) -> int:
     print(evaluation)
     if args.keep:
         write_metrics(model, args.split, evaluation, command)
+    if args.report:
+        from ..learn.reports import write_evaluation
+
+        print(write_evaluation(evaluation, args.report, command=command))
     return 0

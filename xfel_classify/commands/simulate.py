@@ -1,5 +1,8 @@
 """Write a simulated run, with its constants and its truth, for psana2 or as HDF5 files.
 
+"sfx" is a run of a detector; "stills" is a set of labelled quadrants as the lattice and resolution
+networks see them, in one HDF5 file.
+
 The same seed and run number give the same events in both formats.  Everything is made up: the
 crystal, the beam and the faults of the detector are drawn from the preset's ranges.
 """
@@ -15,6 +18,7 @@ from ..core import ConfigurationError
 from ..simulate.conditions import PRESETS, draw_conditions
 from ..simulate.hdf5_runs import write_hdf5_run
 from ..simulate.raw_runs import JungfrauRun, RunFiles
+from ..simulate.stills_conditions import STILL_PRESETS
 from ..simulate.xtc2_runs import write_xtc2_run
 
 log = logging.getLogger(__name__)
@@ -23,7 +27,9 @@ FORMATS = ("hdf5", "xtc2")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("kind", choices=("sfx",), help="sfx: stills of protein crystals in a jet")
+    parser.add_argument("kind", choices=("sfx", "stills"),
+                        help="sfx: a run with protein crystals in a jet; stills: labelled "
+                             "quadrants (lattices, resolution)")
     parser.add_argument("--out", required=True, metavar="DIR", help="directory for the run")
     parser.add_argument("--format", choices=FORMATS, default="hdf5",
                         help="xtc2 needs psana2 (default: hdf5)")
@@ -35,16 +41,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--run", type=int, default=95, metavar="R", help="default: 95")
     parser.add_argument("--exp", default="mfxsim", metavar="E",
                         help="experiment name, letters and digits (default: mfxsim)")
-    parser.add_argument("--preset", choices=PRESETS, default="training",
-                        help="range of conditions that the run is drawn from (default: training)")
+    parser.add_argument("--preset", choices=(*PRESETS, *STILL_PRESETS),
+                        help="range of conditions that is drawn from (default: training for sfx, "
+                             "resolution for stills)")
     parser.add_argument("--hit-fraction", type=float, metavar="F",
                         help="share of hits, 0 to 1 (default: drawn)")
 
 
 def execute(args: argparse.Namespace) -> int:
+    if args.kind == "stills":
+        from ..learn.labelled_sets import write_labelled_set
+
+        preset = args.preset or "resolution"
+        path = Path(args.out) / f"stills_{preset}_s{args.seed}.h5"
+        print(write_labelled_set(path, preset, args.seed, args.events,
+                                 progress=_Lines(args.events)))
+        return 0
     files = write_run(Path(args.out), form=args.format, events=args.events,
                       segments=args.segments, seed=args.seed, number=args.run, exp=args.exp,
-                      preset=args.preset, hit_fraction=args.hit_fraction)
+                      preset=args.preset or "training", hit_fraction=args.hit_fraction)
     for path in (*files.files, files.constants, files.truth):
         print(path)
     return 0

@@ -32,7 +32,14 @@ from .gpu_driver import (
     ranks_per_gpu,
 )
 from .plans import Key, PlanCache, PlanUnusable, obtain
-from .recipes import PRECISIONS, Recipe, recipe_for, tolerance, usable_precisions
+from .recipes import (
+    PRECISIONS,
+    Recipe,
+    full_name,
+    recipe_for,
+    tolerance,
+    usable_precisions,
+)
 from .runtime import Runtime
 from .tensorrt_build import MODULES, Shape, build_plan, builder_name, find_tensorrt, installed
 from .tensorrt_memory import Context, open_context
@@ -57,7 +64,8 @@ class Engine(Runtime):
     ``device`` is None (the ranks of a node share its GPUs) or "cuda:N".  ``precision`` is one of
     :data:`~xfel_classify.engines.recipes.PRECISIONS`; None takes the best that the recipe prefers
     and that passes.  ``max_batch`` up to the recipe's ``latency_batch`` opens the engine for quick
-    single answers, more for throughput.  ``cache`` keeps the plans.
+    single answers, more for throughput.  ``cache`` keeps the plans.  ``measuring`` lifts the
+    card's tolerance, to find out what it could be; ``difference`` tells the result.
     """
 
     name = "tensorrt"
@@ -70,8 +78,10 @@ class Engine(Runtime):
         return no_gpu() or ("" if installed() else "TensorRT is not installed")
 
     def __init__(self, model: Model, device: str | None = None, max_batch: int = 64,
-                 precision: str | None = None, cache: PlanCache | None = None) -> None:
+                 precision: str | None = None, cache: PlanCache | None = None,
+                 measuring: bool = False) -> None:
         super().__init__(model, device, max_batch)
+        self._measuring = measuring
         self._asked = precision
         self._cache = cache
         self._launches: deque[_Launch] = deque()
@@ -91,7 +101,8 @@ class Engine(Runtime):
         device = choose_device(devices, self.device, place())
         self._ranks = ranks_per_gpu(len(devices), self.device, place())
         recipe = recipe_for(self.model, device.capability)
-        candidates = usable_precisions(self.model.card, recipe, self._asked)
+        candidates = [full_name(self._asked or "float32")] if self._measuring else (
+            usable_precisions(self.model.card, recipe, self._asked))
         self._context = open_context(driver, device)
         try:
             self._session = self._first_that_passes(module, driver, device, recipe, candidates,
@@ -192,6 +203,8 @@ class Engine(Runtime):
                               if np.isfinite(difference).all() else float("inf"))
         session.difference = largest
         allowed = tolerance(self.model.card, precision) or 0.0
+        if self._measuring:
+            allowed = 1.0
         if not largest <= allowed:
             raise PlanUnusable(f"check.npz is missed by {largest:.1e}, the card allows "
                                f"{allowed:.0e}")
@@ -206,6 +219,19 @@ class Engine(Runtime):
             log.info("%d ranks share %s %s", self._ranks, device, f"through MPS ({pipe})" if pipe
                      else "and take turns on it: there is no MPS daemon "
                           "(nvidia-cuda-mps-control -d, by whoever may start one)")
+
+    @property
+    def difference(self) -> float:
+        """Largest difference from ``check.npz``, as found when the engine was opened."""
+        return self._session.difference if self._session is not None else float("nan")
+
+    @property
+    def session(self) -> Session:
+        """What runs on the GPU, for measurements."""
+        if self._session is None:
+            raise EngineError(f"tensorrt engine of model {self.model.name} is not open; call "
+                              "open() first")
+        return self._session
 
     # --- running ---------------------------------------------------------------------------------
 

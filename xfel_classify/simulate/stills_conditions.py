@@ -8,6 +8,7 @@ differ in everything else.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +16,12 @@ from ..core import ConfigurationError
 from .bragg import HC_EV_A
 from .crystal import Crystal, draw_crystal, volume_A3
 
-__all__ = ["DETECTORS", "QUADRANTS", "SIDE_PX", "STILL_PRESETS", "StillConditions", "StillPreset",
-           "draw_still", "label_B_A2"]
+__all__ = ["DETECTORS", "GEOMETRY", "QUADRANTS", "SIDE_PX", "STILL_PRESETS", "StillConditions",
+           "StillPreset", "draw_still", "label_B_A2", "modern_d_A"]
 
 SIDE_PX = 512                       # of a pooled quadrant
 QUADRANTS = "ABCD"                  # upper left, upper right, lower left, lower right
+GEOMETRY = ("distance_mm", "pixel_mm", "wavelength_A", "pool")
 _RUN, _EVENT = 21, 22               # purposes of random numbers
 
 
@@ -133,9 +135,16 @@ class StillConditions:
         return float(1.0 / self.inverse_d_A(np.array(half)))
 
 
-def label_B_A2(d_A: float) -> float:
+def label_B_A2(d_A: Any) -> Any:
     """B of a crystal that diffracts to ``d_A``: 4 d^2 + 12 (Holton), the label's definition."""
     return 4.0 * d_A ** 2 + 12.0
+
+
+def modern_d_A(d_A: np.ndarray) -> np.ndarray:
+    """The same B read by the modern fit B = 15 d^2 - 33 d + 37; ``d_A`` where it has no root."""
+    d = np.asarray(d_A, np.float64)
+    square = 33.0 ** 2 - 60.0 * (37.0 - label_B_A2(d))
+    return np.where(square >= 0, (33.0 + np.sqrt(np.maximum(square, 0))) / 30.0, d)
 
 
 def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:

@@ -11,8 +11,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-GEOMETRY = ("distance_mm", "pixel_mm", "wavelength_A", "pool")
-
 
 def inverse_d_A(radius_px_BK: Tensor, geometry_B4: Tensor) -> Tensor:
     """1/d in 1/angstrom, (B, K), of radii in window (pooled) pixels.
@@ -20,6 +18,6 @@ def inverse_d_A(radius_px_BK: Tensor, geometry_B4: Tensor) -> Tensor:
     Odd in the radius: a negative number gives a negative 1/d and keeps its gradient.
     """
     distance_B1, pixel_B1, wavelength_B1, pool_B1 = (
-        geometry_B4[:, i:i + 1] for i in range(len(GEOMETRY)))
+        geometry_B4[:, i:i + 1] for i in range(4))
     tangent_BK = radius_px_BK * (pool_B1 * pixel_B1 / distance_B1)
     return torch.sin(0.5 * torch.atan(tangent_BK)) * (2.0 / wavelength_B1)
