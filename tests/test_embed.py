@@ -67,7 +67,7 @@ def test_shapes_that_fit_nothing_are_named(classify):
     with pytest.raises(ValueError, match=r"\(H, W\) or \(B, H, W\)"):
         classify(np.zeros((2, 3, 350, 350), np.float32))
     with pytest.raises(TypeError, match="open_run"):
-        next(classify.stream(42))
+        next(classify.stream([1, 2]))
 
 
 def test_an_archived_run_is_walked_through_in_order(tmp_path, classify, stills):

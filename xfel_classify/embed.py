@@ -138,6 +138,8 @@ class Classifier:
             yield from self._psana_events(events, detector, photon_energy_eV)
             return
         if not isinstance(events, EventSource):
+            if next(iter(events), None) is None:
+                return      # psana2's server ranks have neither a detector nor events
             raise TypeError("stream() takes an event source from open_run(), or psana2 events "
                             "together with detector=run.Detector(...)")
         constants = events.constants()

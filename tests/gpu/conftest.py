@@ -3,8 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from xfel_classify.core import ModelError
-from xfel_classify.engines import list_models
 from xfel_classify.engines.gpu_driver import no_gpu
 from xfel_classify.engines.tensorrt import Engine
 from xfel_classify.engines.tensorrt_build import installed
@@ -19,14 +17,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.gpu)
             if reason:
                 item.add_marker(pytest.mark.skip(reason=f"no GPU test: {reason}"))
-
-
-def shipped():
-    """The models that are shipped; their names make the parameters of the tests."""
-    try:
-        return list_models()
-    except ModelError:
-        return []
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Container, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -308,8 +309,12 @@ class Session:
                 self._compute(slot)
 
     def enqueue_only(self) -> None:
-        """TensorRT's bare enqueue, nothing of ours around it but the context."""
+        """TensorRT's bare enqueue, nothing of ours around it; call it inside :meth:`current`."""
         self._execution.execute_async_v3(self._run.stream)
+
+    def current(self) -> AbstractContextManager[None]:
+        """The session's CUDA context is the thread's inside."""
+        return self._context.current()
 
     def wait(self) -> None:
         """Wait for everything that was launched."""

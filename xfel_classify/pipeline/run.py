@@ -212,7 +212,10 @@ class _Recorder:
 
 @contextmanager
 def _signals(world: World) -> Iterator[Callable[[], bool]]:
-    """Turns SIGTERM and SIGINT into a request that every rank sees; yields ``stopping()``."""
+    """Turns SIGTERM, SIGINT and SIGUSR1 into a request that every rank sees.
+
+    Yields ``stopping()``.
+    """
     caught: list[int] = []
     seen = {"at": 0.0, "stop": False, "told": False}
 
@@ -233,7 +236,8 @@ def _signals(world: World) -> Iterator[Callable[[], bool]]:
         return bool(seen["stop"])
 
     before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # mpirun kills its ranks one second after SIGTERM; SIGUSR1 it forwards and leaves them time
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         try:
             before[number] = signal.signal(number, note)
         except ValueError:

@@ -255,6 +255,8 @@ def launched_ranks() -> int:
     for name in _LAUNCHER_SIZE:
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])
+    if "PMIX_RANK" in os.environ:       # srun --mpi=pmix tells the size only in SLURM's words
+        return int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     return 1
 
 

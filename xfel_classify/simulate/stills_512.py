@@ -270,7 +270,7 @@ def _good(c: StillConditions, quadrant: str) -> np.ndarray:
 def _cast_shadow(c: StillConditions, rng: np.random.Generator, sign: tuple[int, int],
                  expected: np.ndarray, good: np.ndarray) -> None:
     """Half a plane behind an edge (a nozzle, a beam-stop arm); opaque ones may be masked."""
-    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.15, 0.8) * len(expected)
+    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.95) * len(expected)
     masked = rng.random() < 0.5
     step = np.arange(len(expected), dtype=np.float32)
     depth = (np.float32(np.cos(angle) * sign[0]) * step[None, :]

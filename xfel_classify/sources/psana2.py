@@ -35,7 +35,7 @@ from .psana2_index import RunIndex, find_streams, index_big_file, index_run, xtc
 from .psana2_open import Opened, area_detector, import_psana, no_constants, open_run, raw_dtype
 from .run_constants import FrameKind, Stated, frame_kind, plausible, run_constants, scalar_columns
 
-__all__ = ["DAMAGE_BITS", "Source", "fetch_constants", "kind_of"]
+__all__ = ["DAMAGE_BITS", "Source", "calibration_of", "fetch_constants", "kind_of"]
 
 log = logging.getLogger(__name__)
 
@@ -364,8 +364,7 @@ class Source:
                 f"so, state source.panels = {shape[0]} and constants for these panels")
 
     def _psana_constants(self) -> dict[str, Any]:
-        return {kind: value[0] for kind, value in (self._detector.calibconst or {}).items()
-                if value is not None and value[0] is not None}
+        return calibration_of(self._detector)
 
     def _control_bits(self) -> np.ndarray | None:
         bits = getattr(self._detector.raw, "_cbits_config_detector", lambda: None)()
@@ -477,6 +476,17 @@ class _Scalars:
             if flags is not None:
                 codes = tuple(int(n) for n in np.flatnonzero(np.asarray(flags)))
         return scalars, codes
+
+
+def calibration_of(detector: Any) -> dict[str, Any]:
+    """{type: array or text} that psana2 holds for a detector.
+
+    psana2 keeps (value, document) pairs; over MPI, with an empty document, the value alone.
+    """
+    pairs = (detector.calibconst or {}).items()
+    found = {kind: value[0] if isinstance(value, tuple) and len(value) == 2 else value
+             for kind, value in pairs}
+    return {kind: value for kind, value in found.items() if value is not None}
 
 
 def kind_of(dettype: str | None, shape: tuple[int, int, int] | None) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..core import Constants, ConstantsError, EventStatus, Frame
-from .psana2 import DAMAGE_BITS, kind_of
+from .psana2 import DAMAGE_BITS, calibration_of, kind_of
 from .run_constants import Stated, frame_kind, run_constants
 
 __all__ = ["constants_of", "frame_of"]
@@ -21,8 +21,7 @@ def constants_of(detector: Any) -> Constants:
     Raises :class:`ConstantsError` when there are no pedestals.
     """
     raw = detector.raw
-    found = {kind: value[0] for kind, value in (detector.calibconst or {}).items()
-             if value is not None and value[0] is not None}
+    found = calibration_of(detector)
     if "pedestals" not in found:
         raise ConstantsError(
             f"psana2 has no pedestals of {detector._det_name!r}; give them to the classifier: "

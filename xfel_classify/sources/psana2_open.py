@@ -117,7 +117,8 @@ def network_guard(provider: Provider | None, notes: list[str]) -> Iterator[None]
             return ask_files(self, runnum)
         except failures as error:
             log.info("the electronic logbook does not answer (%s); the run's files are taken from "
-                     "its directory", error)
+                     "its directory", type(error).__name__)
+            log.debug("%s", error)
             return {}
         finally:
             ds_base.requests = requests
