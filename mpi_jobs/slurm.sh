@@ -1,5 +1,5 @@
 #!/bin/bash
-# One run on one node; submit the same line again and it does only what is missing.
+# One run; submit the same line again and it does only what is missing.
 #   sbatch --account=ACCOUNT --partition=PARTITION mpi_jobs/slurm.sh 95 --exp mfxl1033223 -o OUT
 # Anything after the script's name goes to "xfel-classify run". More ranks: sbatch --ntasks=120.
 #SBATCH --job-name=xfel-classify
@@ -16,9 +16,9 @@ case " $* " in
     *" --resume "* | *" --overwrite "* | *" --dry-run "*) ;;
     *) set -- "$@" --resume ;;
 esac
-# mpirun itself would kill the ranks one second after a signal; the ranks need longer to flush
+# mpirun kills its ranks one second after SIGTERM, too soon to flush; SIGUSR1 it passes on to all
 job=
-trap '[ -z "$job" ] || pkill -TERM -P "$job" || true' TERM INT
+trap '[ -z "$job" ] || kill -USR1 "$job" || true' TERM INT
 mpirun -n "${SLURM_NTASKS:-64}" xfel-classify run "$@" &
 job=$!
 code=0

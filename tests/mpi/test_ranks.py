@@ -79,8 +79,9 @@ def test_kill_9_of_any_rank_ends_the_job_and_resumes_to_the_same_content(serial,
     resume_and_compare(serial, tmp_path)
 
 
-@pytest.mark.parametrize("to_one_rank", [True, False])
-def test_sigterm_flushes_and_exits_130(serial, tmp_path, to_one_rank):
+@pytest.mark.parametrize("told", ["one rank", "all ranks", "mpirun"])
+def test_a_signal_flushes_and_exits_130(serial, tmp_path, told):
+    """SIGTERM to ranks, or SIGUSR1 to mpirun, which passes that on and leaves them time."""
     job = subprocess.Popen(command(3, tmp_path, "--pause", 0.1), env=ENVIRONMENT,
                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     ranks = []
@@ -91,7 +92,9 @@ def test_sigterm_flushes_and_exits_130(serial, tmp_path, to_one_rank):
         if len(ranks) == 3 and len(list(tmp_path.rglob("run.json"))) == 1:
             break
     time.sleep(1.0)
-    for pid in ranks[1:2] if to_one_rank else ranks:
+    if told == "mpirun":
+        job.send_signal(signal.SIGUSR1)
+    for pid in {"one rank": ranks[1:2], "all ranks": ranks, "mpirun": []}[told]:
         os.kill(pid, signal.SIGTERM)
     _, err = job.communicate(timeout=60)
     assert job.returncode == 130, err
