@@ -67,9 +67,10 @@ def test_without_a_gpu_auto_is_silent_and_nothing_is_imported(monkeypatch, write
     with caplog.at_level("WARNING"):
         assert open_engine(directory).name == "onnxruntime"
     assert not caplog.records and "tensorrt" not in available_backends()
-    with caplog.at_level("INFO"):
+    with caplog.at_level("DEBUG"):
         open_engine(directory)
-    assert "does not run on a GPU: there is no CUDA driver here" in caplog.text
+    assert ("model tiny runs on onnxruntime and not on a GPU: there is no CUDA driver here"
+            in caplog.text)
     assert not {"tensorrt", "tensorrt_rtx", "pycuda"} & (set(sys.modules) - before)
 
 
@@ -89,8 +90,8 @@ def test_the_first_cause_is_named(library, monkeypatch, fault, sentence):
 def test_devices_are_described(library):
     driver = open_driver()
     assert driver.version == 12040
-    assert driver.devices() == [Device(0, "FAKE GPU 10", (9, 0), 80 << 30),
-                                Device(1, "FAKE GPU 11", (9, 0), 80 << 30)]
+    assert driver.devices() == [Device(0, "FAKE GPU 10", (9, 0), 80 << 30, 10),
+                                Device(1, "FAKE GPU 11", (9, 0), 80 << 30, 11)]
     assert str(driver.devices()[1]) == "GPU 1 (FAKE GPU 11, 80 GiB)"
 
 

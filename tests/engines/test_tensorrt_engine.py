@@ -164,6 +164,16 @@ def test_every_thread_pushes_the_context_for_itself_and_leaves_none(gpu, model, 
     assert pushes == ["cuCtxPushCurrent_v2", "cuCtxPopCurrent_v2"] * (len(pushes) // 2)
 
 
+def test_an_engine_may_be_closed_by_another_thread(gpu, model):
+    engine = open_engine(model, "tensorrt")
+    thread = threading.Thread(target=engine.close)
+    thread.start()
+    thread.join()
+    del thread
+    gc.collect()
+    assert gpu.cuda.nothing_left()
+
+
 def test_without_pycuda_the_driver_is_called_directly(gpu, model, tiny_images, forward,
                                                       monkeypatch, caplog):
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
@@ -345,3 +355,58 @@ def test_the_gpu_is_preferred_where_there_is_one(gpu, model):
     assert engines.available_backends(model)[0] == "tensorrt"
     report = engines.check_model(model)
     assert report.passed and report.backends[0].backend == "tensorrt"
+
+
+# --- models with a second input and a number as the answer -------------------------------------
+
+@pytest.fixture
+def ruler(model, tmp_path):
+    """A model whose answer is the mean of the image times the first number of the geometry."""
+    import hashlib
+    import shutil
+
+    onnx = pytest.importorskip("onnx")
+    make, float32 = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    tensor = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [make("GlobalAveragePool", ["images"], ["mean"]), make("Flatten", ["mean"], ["flat"]),
+         make("Slice", ["geometry", "zero", "one", "one"], ["distance"]),
+         make("Mul", ["flat", "distance"], ["length"])], "ruler",
+        [tensor("images", float32, ["B", 1, 12, 10]), tensor("geometry", float32, ["B", 4])],
+        [tensor("length", float32, ["B", 1])],
+        [onnx.numpy_helper.from_array(np.array([0], np.int64), "zero"),
+         onnx.numpy_helper.from_array(np.array([1], np.int64), "one")])
+    content = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)],
+                                     ir_version=8).SerializeToString()
+    directory = tmp_path / "ruler"
+    shutil.copytree(model.directory, directory)
+    (directory / "model.onnx").write_bytes(content)
+    card = (directory / "card.toml").read_text().replace('"tiny"', '"ruler"').replace(
+        model.sha256, hashlib.sha256(content).hexdigest())
+    start, end = card.index("[[tasks]]"), card.index("[window]")
+    (directory / "card.toml").write_text(
+        'geometry = "geometry"\n' + card[:start] + '[[tasks]]\nname = "length"\n'
+        'output = "length"\nkind = "regression"\n\n' + card[end:])
+    images_BHW = np.random.default_rng(1).normal(2, 3, (3, 12, 10)).astype(np.float32)
+    geometry_B4 = np.arange(12, dtype=np.float32).reshape(3, 4)
+    np.savez(directory / "check.npz", images=images_BHW, geometry=geometry_B4,
+             length=images_BHW.mean((1, 2))[:, None] * geometry_B4[:, :1])
+    return find_model(directory)
+
+
+def test_geometry_goes_with_its_image(gpu, ruler, tiny_images):
+    geometry_B4 = 10 * np.arange(20, dtype=np.float32).reshape(5, 4)
+    expected = tiny_images.mean((1, 2)) * geometry_B4[:, 0]
+    for backend in ("tensorrt", "auto"):
+        with open_engine(ruler, backend) as engine:
+            found = engine.infer(tiny_images, geometry_B4)["length"]
+            assert (engine.name, found.shape) == ("tensorrt", (5, 1))
+            # far above 1: a number is no probability and is not held to its range
+            np.testing.assert_allclose(found[:, 0], expected, rtol=1e-5)
+            with pytest.raises(EngineError, match="needs the geometry of its 5 images"):
+                engine.infer(tiny_images)
+    engine = open_engine(ruler)
+    pending = engine.submit(tiny_images, geometry_B4)
+    gpu.cuda.fails["cuEventSynchronize"] = 719
+    np.testing.assert_allclose(pending.result()["length"][:, 0], expected, rtol=1e-5)
+    assert engine.name == "onnxruntime"

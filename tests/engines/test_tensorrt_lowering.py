@@ -4,7 +4,7 @@ import pytest
 
 from xfel_classify.core import ConfigurationError, EngineError, ModelInvalid
 from xfel_classify.engines import find_model, recipes
-from xfel_classify.engines.lowering import digest, lower
+from xfel_classify.engines.lowering import digest, for_old_parser, lower
 from xfel_classify.engines.recipes import Recipe, recipe_for, usable_precisions
 
 onnx = pytest.importorskip("onnx")
@@ -137,6 +137,13 @@ def test_weights_that_do_not_fit_into_float16_are_refused():
         lower(content, "float16", Recipe())
 
 
+def test_a_recipe_for_another_network_is_noticed(caplog):
+    lower(residual(), "float16", Recipe(scale={"a.w": 0.5}, keep={"float16": ["Gemm"]}))
+    assert not caplog.records
+    lower(residual(), "float16", Recipe(scale={"stem.w": 0.5}))
+    assert "names stem.w, which the network does not have; its layers are a.w, b.w" in caplog.text
+
+
 def test_int8_wraps_inputs_and_weights():
     low = lower(residual(), "int8", Recipe(), {"images": IMAGES})
     stored = onnx.load_model_from_string(low)
@@ -163,6 +170,23 @@ def test_float8_is_a_valid_network_of_a_newer_opset():
     assert low.opset_import[0].version >= 19
     zeros = [t for t in low.graph.initializer if t.name.endswith("_zero")]
     assert zeros and all(t.data_type == onnx.TensorProto.FLOAT8E4M3FN for t in zeros)
+
+
+def test_an_old_parser_gets_the_same_network_in_opset_17():
+    nodes = [node("ReduceMean", ["images", "axes"], "m", keepdims=1, noop_with_empty_axes=0),
+             node("Sub", ["images", "m"], "c"),
+             node("Conv", ["c", "a.w", "a.b"], "c1", kernel_shape=[3, 3]),
+             node("GlobalAveragePool", ["c1"], "g"), node("Reshape", ["g", "flat"], "f"),
+             node("Gemm", ["f", "f.w", "f.b"], "y", transB=1)]
+    content = network(nodes, weights() | {"axes": np.array([2, 3], np.int64)})
+    for precision in ("float32", "float16"):
+        low = lower(content, precision, Recipe())
+        old = for_old_parser(low)
+        assert onnx.load_model_from_string(old).opset_import[0].version == 17
+        np.testing.assert_array_equal(run(old, IMAGES), run(low, IMAGES))
+    newer = onnx.load_model_from_string(residual())
+    newer.opset_import[0].version = 19
+    assert for_old_parser(newer.SerializeToString()) == newer.SerializeToString()
 
 
 def test_a_damaged_network_is_an_invalid_model():

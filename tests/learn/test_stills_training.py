@@ -239,6 +239,8 @@ def test_by_commands_from_recipe_to_model(kind, recipe_of, tmp_path, capsys):
     assert model.card.geometry == ("geometry" if kind == "resolution" else "")
     assert model.card.pools == [4]          # 128 pixels of a quadrant of 512
     assert model.card.provenance["images"] == {"training": 32, "validation": 12, "test": 8}
+    if (out / "learning_curve.png").exists():       # where matplotlib is
+        assert (target / "learning_curve.png").read_bytes()[1:4] == b"PNG"
     trained = open_stills_training(out)
     found = evaluate_stills(model, "validation", backend="onnxruntime")
     np.testing.assert_allclose(found.answers_N, trained.answers_N, atol=1e-4)

@@ -32,8 +32,8 @@ int cuGetErrorName(int error, const char **to) {
 int cuGetErrorString(int error, const char **to) { *to = "words of the fake"; return 0; }
 
 static int stack;
-int cuDevicePrimaryCtxRetain(void **to, int device) { *to = &stack; return 0; }
-int cuDevicePrimaryCtxRelease_v2(int device) { return stack ? 201 : 0; }
+int cuDevicePrimaryCtxRetain(void **to, int device) { *to = &stack; return device < 10 ? 101 : 0; }
+int cuDevicePrimaryCtxRelease_v2(int device) { return device < 10 ? 101 : stack ? 201 : 0; }
 int cuCtxPushCurrent_v2(void *context) { return context == &stack ? stack++ < 0 : 201; }
 int cuCtxPopCurrent_v2(void **to) { *to = &stack; return --stack < 0 ? 201 : 0; }
 int cuMemGetInfo_v2(size_t *free_, size_t *total) {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -31,6 +32,7 @@ class FakeCuda:
         self.graphs: dict[int, list] = {}
         self.capturing: int | None = None
         self.stack: list[int] = []
+        self.retained = 0
         self.fails: dict[str, int] = {}         # function -> CUDA error
         self._next = 1 << 40
 
@@ -107,9 +109,11 @@ class FakeCuda:
         self.put(to, self.memory)
 
     def _cuDevicePrimaryCtxRetain(self, to: Any, device: int) -> None:
+        self.retained += 1
         self.put(to, 77)
 
-    def _cuDevicePrimaryCtxRelease_v2(self, device: int) -> None: ...
+    def _cuDevicePrimaryCtxRelease_v2(self, device: int) -> None:
+        self.retained -= 1
 
     def _cuCtxPushCurrent_v2(self, context: int) -> None:
         self.stack.append(context)
@@ -206,7 +210,7 @@ class FakeCuda:
     def nothing_left(self) -> bool:
         """True when everything that was taken has been given back."""
         return not (self.blocks or self.host or self.queues or self.graphs or self.events
-                    or self.stack)
+                    or self.stack or self.retained)
 
 
 class FakeDriver(Driver):
@@ -230,6 +234,9 @@ def fake_pycuda(cuda: FakeCuda) -> Any:
             raise Error(f"{function} failed")
 
     class Context:
+        def __init__(self) -> None:
+            self._thread = threading.get_ident()
+
         def push(self) -> None:
             checked("cuCtxPushCurrent_v2", 77)
 
@@ -237,8 +244,10 @@ def fake_pycuda(cuda: FakeCuda) -> Any:
         def pop() -> None:
             checked("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
-        def detach(self) -> None:
-            checked("cuDevicePrimaryCtxRelease_v2", 0)
+        def detach(self) -> None:               # with the habits of the real one
+            if threading.get_ident() == self._thread:
+                self.push()
+                checked("cuDevicePrimaryCtxRelease_v2", 0)
 
     class Device:
         def __init__(self, index: int) -> None:

@@ -105,7 +105,8 @@ def _add_analyses(tables: dict[str, Any], args: argparse.Namespace) -> None:
         for analysis in analyses:
             if analysis.get("use") == "classify":
                 analysis["backend"] = args.backend
-    has_model = any(a.get("use") == "classify" for a in analyses)
+    finds_hits = any(_answers_hit(str(a.get("model", "sfx-hit"))) for a in analyses
+                     if a.get("use") == "classify")
     if args.peaks is not None or given is None:
         analyses = [a for a in analyses if "peak" not in a.get("use", "") and
                     not a.get("use", "").startswith("psana")]
@@ -115,15 +116,21 @@ def _add_analyses(tables: dict[str, Any], args: argparse.Namespace) -> None:
         if args.peaks_on is not None and analysis["use"] not in ("classify", "statistics"):
             analysis.pop("only", None)
             if args.peaks_on == "hits":
-                if not has_model:
+                if not finds_hits:
                     raise ConfigurationError("--peaks-on hits needs a model that says what a hit "
                                              "is; name one with --model")
                 analysis["only"] = "hit/label"
     if given is None:
-        hits = "hit/label" if has_model else "peaks/hit" if args.peaks != "none" else ""
+        hits = "hit/label" if finds_hits else "peaks/hit" if args.peaks != "none" else ""
         analyses = [a for a in analyses if a["use"] != "statistics"]
         analyses.append({"use": "statistics", "hits": hits})
     tables["analyses"] = analyses
+
+
+def _answers_hit(model: str) -> bool:
+    from ..engines import find_model
+
+    return any(task.name == "hit" for task in find_model(model).card.tasks)
 
 
 def execute(args: argparse.Namespace) -> int:

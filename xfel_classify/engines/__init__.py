@@ -10,6 +10,7 @@ from .cards import Card, Model, Task, check_model, find_model, list_models, sear
 from .enduring import Enduring
 from .runtime import Runtime
 from .submit import Pending, SupportsSubmit
+from .tensorrt_build import installed
 
 __all__ = [
     "Card", "Model", "Pending", "Runtime", "SupportsSubmit", "Task", "available_backends",
@@ -56,10 +57,13 @@ def open_engine(model: Model | str | Path, backend: str = "auto", device: str | 
              and component("engines", name).executes(model)]
     if device == "cpu":
         names = [name for name in names if name != ON_GPU]
-    if ON_GPU in names and (reason := component("engines", ON_GPU).absence()):
-        log.info("model %s does not run on a GPU: %s", model.name, reason)
+    reason = component("engines", ON_GPU).absence() if ON_GPU in names else ""
+    if reason:
         names.remove(ON_GPU)
     engine = _first(names, model, device, max_batch, precision)
+    if reason:      # of interest to those who installed TensorRT for it
+        log.log(logging.INFO if installed() else logging.DEBUG, "model %s runs on %s and not on a "
+                "GPU: %s", model.name, engine.name, reason)
     if engine.name != ON_GPU:
         return engine
     return Enduring(engine, lambda: _first(names[1:], model, None, max_batch, None))

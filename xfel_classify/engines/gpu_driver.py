@@ -79,6 +79,7 @@ class Device:
     name: str
     capability: tuple[int, int]
     memory_bytes: int
+    handle: int = 0                 # the driver's, as its functions want it
 
     def __str__(self) -> str:
         return f"GPU {self.index} ({self.name}, {self.memory_bytes / 2**30:.0f} GiB)"
@@ -132,7 +133,8 @@ class Driver:
         self.call("cuDeviceGetAttribute", byref(major), _CAPABILITY_MAJOR, handle)
         self.call("cuDeviceGetAttribute", byref(minor), _CAPABILITY_MINOR, handle)
         self.call("cuDeviceTotalMem_v2", byref(size), handle)
-        return Device(index, name.value.decode(), (major.value, minor.value), size.value)
+        return Device(index, name.value.decode(), (major.value, minor.value), size.value,
+                      handle.value)
 
     # --- on the current context ----------------------------------------------------------------
 

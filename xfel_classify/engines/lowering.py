@@ -14,6 +14,7 @@ same in every export.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -21,6 +22,8 @@ import numpy as np
 
 from ..core import EngineError, MissingDependency, ModelInvalid
 from .recipes import Recipe
+
+log = logging.getLogger(__name__)
 
 VERSION = "1"
 """Part of every plan's key: change it when the same recipe gives another network."""
@@ -63,6 +66,7 @@ def lower(network: bytes, precision: str, recipe: Recipe,
         raise ModelInvalid(f"the network is not a valid ONNX file ({error}); fetch or export the "
                            "model again") from error
     kept = set(recipe.keep.get(precision, []))
+    _say_unknown(stored.graph, kept | set(recipe.scale) | set(recipe.largest))
     if precision in LARGEST:
         if precision == "float8" and stored.opset_import[0].version < FLOAT8_OPSET:
             stored = onnx.version_converter.convert_version(stored, FLOAT8_OPSET)
@@ -73,9 +77,48 @@ def lower(network: bytes, precision: str, recipe: Recipe,
     return bytes(stored.SerializeToString(deterministic=True))
 
 
+def for_old_parser(network: bytes) -> bytes:
+    """The same network in ONNX opset 17, the newest that TensorRT 8.6 reads, where it can be.
+
+    Opset 18 moved the axes of means and sums from an attribute to an input; our exports use
+    nothing else of it.  A network that does stays as it is, and the parser says what it lacks.
+    """
+    import onnx
+
+    stored = onnx.load_model_from_string(network)
+    if stored.opset_import[0].version != 18:
+        return network
+    constants = {one.name: one for one in stored.graph.initializer}
+    for node in stored.graph.node:
+        if node.op_type.startswith("Reduce") and node.op_type != "ReduceSum" and len(
+                node.input) == 2 and node.input[1] in constants:
+            axes = onnx.numpy_helper.to_array(constants[node.input[1]]).ravel().tolist()
+            del node.input[1]
+            kept = [one for one in node.attribute if one.name != "noop_with_empty_axes"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("axes", axes)])
+    stored.opset_import[0].version = 17
+    used = {name for node in stored.graph.node for name in node.input}
+    for one in [one for one in stored.graph.initializer if one.name not in used]:
+        stored.graph.initializer.remove(one)
+    try:
+        onnx.checker.check_model(stored, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError):
+        return network
+    return bytes(stored.SerializeToString())
+
+
 def layer_of(node: Any) -> str:
     """The name by which recipes call a layer: that of its weights."""
     return str(node.input[1]) if len(node.input) > 1 else str(node.name)
+
+
+def _say_unknown(graph: Any, named: set[str]) -> None:
+    layers = [layer_of(node) for node in graph.node if node.op_type in HEAVY]
+    unknown = sorted(named - set(layers) - {node.op_type for node in graph.node})
+    if unknown:
+        log.warning("the GPU recipe names %s, which the network does not have; its layers are %s",
+                    ", ".join(unknown), ", ".join(layers))
 
 
 def _left_out(node: Any, kept: Iterable[str]) -> bool:

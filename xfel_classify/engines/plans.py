@@ -246,8 +246,9 @@ def obtain(cache: PlanCache, key: Key, build: Callable[[], bytes],
     the refusal reaches the caller.  ``notes`` of the outcome are stored with the plan.
     """
     if cache.why_not:
-        log.warning("no plan can be kept: %s; %s is built in memory by every process. Point $%s "
-                    "to a directory of your own", cache.why_not, key.model, VARIABLE)
+        log.warning("no plan can be kept: %s; %s is built in memory by every process, which takes "
+                    "long and may change last digits between ranks. Point $%s to a directory of "
+                    "your own", cache.why_not, key.model, VARIABLE)
         return start(build())
     refused = ""
     for locked in (False, True):

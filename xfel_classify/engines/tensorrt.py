@@ -155,7 +155,7 @@ class Engine(Runtime):
                               batch=min(self.max_batch, shape.batch))
             try:
                 self._check_parity(session, precision)
-            except EngineError:
+            except BaseException:
                 session.close()
                 raise
             return session

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core import EngineError, MissingDependency
+from .lowering import for_old_parser
 from .recipes import Recipe
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ def build_plan(module: Any, network: bytes, precision: str, shape: Shape, recipe
     strong, flags = _network_flags(module)
     definition = builder.create_network(flags)
     parser = module.OnnxParser(definition, logger(module))
-    if not parser.parse(network):
+    if not parser.parse(network if strong else for_old_parser(network)):
         errors = [str(parser.get_error(i)) for i in range(parser.num_errors)]
         raise EngineError(f"{builder_name(module)} cannot read the network in {precision}: "
                            f"{'; '.join(errors) or 'no reason given'}; use --backend onnxruntime")

@@ -90,7 +90,7 @@ def open_context(driver: Driver, device: Device, owner: str = "") -> Context:
     if owner == "driver":
         return DriverContext(driver, device)
     try:
-        return PycudaContext(device)
+        return PycudaContext(driver, device)
     except MissingDependency as error:
         if owner:
             raise
@@ -103,8 +103,10 @@ def open_context(driver: Driver, device: Device, owner: str = "") -> Context:
 class PycudaContext(Context):
     """``retain_primary_context``; never ``pycuda.autoinit``, which makes a context of its own."""
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, driver: Driver, device: Device) -> None:
         super().__init__()
+        self._driver, self._device = driver, device
+        self._thread = threading.get_ident()
         try:
             import pycuda.driver as cuda
         except ImportError as error:
@@ -127,8 +129,17 @@ class PycudaContext(Context):
             self.cuda.Context.pop()
 
     def close(self) -> None:
+        # pycuda's detach() pushes the context, releases it and leaves it on the thread's stack;
+        # in another thread than the one that opened it, it does nothing at all
+        held = c_void_p()
+        self._driver.call("cuDevicePrimaryCtxRetain", byref(held), self._device.handle)
         with _in_words(self.cuda, "closing the context"):
             self._context.detach()
+        if threading.get_ident() == self._thread:
+            self._driver.call("cuCtxPopCurrent_v2", byref(c_void_p()))
+        else:
+            self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device.handle)
+        self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device.handle)
 
 
 class PycudaMemory:
@@ -193,7 +204,7 @@ class DriverContext(Context):
         super().__init__()
         self._driver, self._device = driver, device
         self._context = c_void_p()
-        driver.call("cuDevicePrimaryCtxRetain", byref(self._context), device.index)
+        driver.call("cuDevicePrimaryCtxRetain", byref(self._context), device.handle)
 
     def memory(self) -> DriverMemory:
         return DriverMemory(self._driver)
@@ -205,7 +216,7 @@ class DriverContext(Context):
         self._driver.call("cuCtxPopCurrent_v2", byref(c_void_p()))
 
     def close(self) -> None:
-        self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device.index)
+        self._driver.call("cuDevicePrimaryCtxRelease_v2", self._device.handle)
 
 
 class DriverMemory:

@@ -85,7 +85,7 @@ class Session:
                     budget(len(plan) + still, still)
                 self._prepare()
                 self._allocate(1 if quick else slots)
-        except EngineError:
+        except BaseException:
             self.close()
             raise
 
@@ -334,6 +334,7 @@ class Session:
 
         Carries on when the GPU is lost, so that the rest of the process can.
         """
+        slot: _Slot | None
         with _Closing() as closing, self._context.current():
             for lane in self._lanes:
                 closing.try_to(lane.sync)
@@ -342,6 +343,7 @@ class Session:
                     closing.try_to(slot.graph.close)
                 for event in (slot.arrived, slot.computed, slot.returned):
                     closing.try_to(self._driver.drop_event, event)
+            slot = None                 # holds page-locked memory as well
             self._execution = None
             self._engine = None
             self._runtime = None

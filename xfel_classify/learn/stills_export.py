@@ -25,7 +25,7 @@ from .export import OPSET
 from .stills import StillSet, open_stills, shards_of
 from .stills_scores import StillsEvaluation, score_answers
 from .stills_training import StillsTrained, open_stills_training
-from .training import RECIPE
+from .training import CURVE, RECIPE
 
 __all__ = ["GEOMETRY_INPUT", "export_stills_model", "export_stills_network", "write_stills_metrics"]
 
@@ -132,7 +132,9 @@ def export_stills_model(trained_or_dir: StillsTrained | str | Path, target: str 
         more = {"geometry": geometry} if trained.network.uses_geometry else {}
         np.savez_compressed(directory / CHECK, allow_pickle=False, images=images, **more, **{
             recipe.task.output: expected_answers(trained.network, recipe.task, images, geometry)})
-        shutil.copy(trained.directory / RECIPE, directory / RECIPE)
+        for name in (RECIPE, CURVE):
+            if (trained.directory / name).exists():
+                shutil.copy(trained.directory / name, directory / name)
         export._write_card(directory / CARD, _card(trained, directory))
         report = check_model(directory)
         if not report.passed:

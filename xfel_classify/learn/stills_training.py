@@ -102,6 +102,7 @@ def train_stills(recipe_path: str | Path, out_dir: str | Path, resume: bool = Tr
                           lambda path: _save_answers(path, answers_N, examiners))
     pupils.close()
     examiners.close()
+    draw_curve(progress.history, out / training.CURVE)
     return open_stills_training(out)
 
 
@@ -217,3 +218,29 @@ def _save_answers(path: Path, answers_N: np.ndarray, stills: StillSet) -> None:
     with path.open("wb") as file:
         np.savez(file, allow_pickle=False, answers=answers_N, geometry=stills.geometry_N4,
                  **stills.labels)
+
+
+def draw_curve(history: list[dict[str, float]], path: Path) -> None:
+    """Loss, and what is measured on the validation images, against the epoch as a PNG."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        log.info("no learning curve: matplotlib is not installed")
+        return
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(8, 3.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    for name, dashes in (("loss", "-"), ("validation_loss", "--")):
+        left.semilogy(epochs, [row[name] for row in history], dashes,
+                      label=name.replace("_", " "))
+    others = [name for name in history[0] if name not in ("epoch", "loss", "validation_loss")]
+    for name, dashes in zip(others, ("-", "--", ":", "-."), strict=False):
+        right.plot(epochs, [row[name] for row in history], dashes, label=name.replace("_", " "))
+    left.set(xlabel="epoch", ylabel="loss")
+    right.set(xlabel="epoch", ylabel="validation", ylim=(None, 1.0))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    training._replace(path, lambda target: figure.savefig(target, dpi=120, format="png"))
