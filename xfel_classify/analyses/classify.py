@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import msgspec
@@ -27,7 +27,7 @@ from ..core import (
     RunInfo,
     Window,
 )
-from ..engines import Model, find_model, open_engine
+from ..engines import Model, Pending, SupportsSubmit, find_model, open_engine
 from ..preprocess import plan_render, render
 
 log = logging.getLogger(__name__)
@@ -125,12 +125,16 @@ def geometry_row(distance_m: float | None, pixel_size_m: float, photon_energy_eV
                      HC_EV_A / photon_energy_eV, pool], np.float32)
 
 
-def combined(model: Model, answers: list[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
+def combined(model: Model, answers: Sequence[Mapping[str, np.ndarray]]) -> Mapping[str, np.ndarray]:
     """One answer from those of several quadrants: mean probability, smallest d, mean number."""
     if len(answers) == 1:
         return answers[0]
     return {task.output: (np.max if task.transform == "reciprocal" else np.mean)(
         [one[task.output] for one in answers], axis=0) for task in model.card.tasks}
+
+
+PARTS = 4
+"""Into how many launches a batch is divided on an engine that computes while events are read."""
 
 
 class Analysis:
@@ -145,6 +149,7 @@ class Analysis:
         model: str = "sfx-hit"
         backend: str = "auto"                   # onnxruntime, torch, ... or auto
         device: str | None = None               # the runtime's word for a device
+        precision: str | None = None            # on a GPU; None = what the model's recipe prefers
         threshold: dict[str, float] = {}        # task name -> threshold instead of the card's
         only: str = ""                          # column that gates this model
         quadrants: list[str] = []               # several of A to D instead of the card's one
@@ -189,8 +194,14 @@ class Analysis:
         if self._unit == "ADU" and window.unit == "photon":
             log.warning("frames are in ADU and no gain is known: model %s sees ADU instead of "
                         "photons; give --constants or calibrated input", self.model.name)
-        self._engine = open_engine(self.model, self._config.backend, self._config.device, batch)
+        # a part of a batch is judged while the rest of it is read
+        self._engine = open_engine(self.model, self._config.backend, self._config.device,
+                                   max(1, batch // PARTS), self._config.precision)
         self._opened = f"{self._engine.name} {self._engine.precision}"
+        # a gated model sees few rows: they are judged together at the end
+        self._ahead = isinstance(self._engine, SupportsSubmit) and not self.only
+        self._sent: list[list[Pending]] = []
+        self._next = 0                          # first row that is not on its way
 
     def take(self, frame: CalibratedFrame, row: int) -> None:
         scale = photons_scale(self.model.window, self._unit, frame.photon_energy_eV)
@@ -200,6 +211,25 @@ class Analysis:
             distance_m = frame.frame.scalars.get("distance_m", self._geometry.distance_m)
             self._geometry_B4[row] = geometry_row(distance_m, self._geometry.pixel_size_m,
                                                   frame.photon_energy_eV, self._pool)
+        if self._ahead and row + 1 - self._next >= self._engine.chunk:
+            self._submit(row + 1)
+
+    def _submit(self, stop: int) -> None:
+        """Put the rows up to ``stop`` on their way; rows without an image give an answer unused."""
+        rows = slice(self._next, stop)
+        geometry_B4 = self._geometry_B4[rows] if self.model.card.geometry else None
+        self._sent.append([self._engine.submit(images_BHW[rows], geometry_B4)
+                           for images_BHW in self._images_QBHW])
+        self._next = stop
+
+    def _outputs(self, count: int) -> list[dict[str, np.ndarray]]:
+        """{output: (count, K)} of each quadrant, of what was submitted and of the rest."""
+        if self._next < count:
+            self._submit(count)
+        parts = [[pending.result() for pending in quadrants] for quadrants in self._sent]
+        self._sent, self._next = [], 0
+        return [{name: np.concatenate([part[q][name] for part in parts])[:count]
+                 for name in parts[0][q]} for q in range(len(self._images_QBHW))]
 
     def process(self, batch: Batch) -> Mapping[str, Any]:
         answered_B = batch.selected_B
@@ -209,9 +239,13 @@ class Analysis:
         whole = len(chosen) == len(batch)
         rows: Any = slice(len(batch)) if whole else chosen
         geometry_B4 = self._geometry_B4[rows] if self.model.card.geometry else None
-        found = answers_of(self.model, combined(self.model, [
-            self._engine.infer(images_BHW[rows], geometry_B4)
-            for images_BHW in self._images_QBHW]), self._config.threshold)
+        if self._ahead:
+            outputs = [{name: values_BK[rows] for name, values_BK in one.items()}
+                       for one in self._outputs(len(batch))]
+        else:
+            outputs = [self._engine.infer(images_BHW[rows], geometry_B4)
+                       for images_BHW in self._images_QBHW]
+        found = answers_of(self.model, combined(self.model, outputs), self._config.threshold)
         if whole:
             return found
         answers = {}
@@ -235,6 +269,8 @@ class Analysis:
 
     def attributes(self) -> Mapping[str, Any]:
         prefix = f"model_{self.model.name}"
+        if getattr(self._engine, "changed", False) and "then" not in self._opened:
+            self._opened += f", then {self._engine.name} {self._engine.precision}"
         said: dict[str, Any] = {
             f"{prefix}_version": self.model.version, f"{prefix}_sha256": self.model.sha256,
             f"{prefix}_engine": self._opened}

@@ -323,11 +323,11 @@ def tensorrt() -> Iterator[Finding]:
     """Looked up, not imported: importing would create a device context."""
     from importlib.metadata import distributions
 
-    wanted = re.compile(r"^(tensorrt(_cu\d+)?|pycuda)$")
+    wanted = re.compile(r"^(tensorrt(_rtx)?(_cu\d+)?|pycuda)$")
     there = sorted({f"{d.name} {d.version}" for d in distributions()
                     if d.name and wanted.match(d.name.replace("-", "_"))})
     yield Finding("tensorrt", "ok" if there else "absent", ", ".join(there) or "not installed",
-                  "" if there else "of use only with an NVIDIA GPU")
+                  "" if there else "of use only with an NVIDIA GPU; see docs/gpu.md")
 
 
 # --- the package's own parts -------------------------------------------------------------------

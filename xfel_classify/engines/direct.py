@@ -17,8 +17,8 @@ from .cards import Model
 from .runtime import Runtime
 
 _CENTRE = ["ReduceMean", "ReduceMean", "Sub"]
-_NORM = ["ReduceMean", "Sub", "Mul", "ReduceMean", "Mul", "Mul", "Add", "Sqrt", "Add",
-         "Reciprocal", "Mul", "Mul", "Add"]
+_NORM = ["ReduceMean", "Sub", "ReduceMean", "Sub", "Mul", "ReduceMean", "Mul", "Mul", "Add",
+         "Sqrt", "Add", "Reciprocal", "Mul", "Mul", "Add"]
 _LAYER = ["Conv", *_NORM, "Relu", "MaxPool"]
 OPERATORS = [*_CENTRE, *_LAYER, *_LAYER, "Reshape", "Gemm", "Relu", "Gemm", "Softmax"]
 """The graph of the network with row normalisation, as the export writes it."""
@@ -94,7 +94,7 @@ def _norm_constants(graph: Any, stored: Mapping[str, np.ndarray],
     """
     nodes = graph.node[start:start + len(_NORM)]
     values = []
-    for position in (4, 8):             # floor * mean, + epsilon
+    for position in (6, 10):            # floor * mean, + epsilon
         constants = [stored[name] for name in nodes[position].input if name in stored]
         values.append(float(constants[0].ravel()[0]) if constants else float("nan"))
     return values[0], 0.0, values[1]

@@ -154,7 +154,8 @@ class PycudaMemory:
         self.stream = int(self._stream.handle)
 
     def alloc(self, nbytes: int) -> int:
-        with _in_words(self._cuda, f"allocating {nbytes} bytes on the GPU"):
+        with _in_words(self._cuda, f"allocating {nbytes} bytes on the GPU (a smaller batch or "
+                       "fewer ranks per GPU need less)"):
             found = self._cuda.mem_alloc(nbytes)
         self._device[int(found)] = found
         return int(found)

@@ -78,9 +78,11 @@ INLINE float total(const float* values, int n) {
 INLINE void normalise(const Layer& layer, const Norm& norm, float* row, float* maximum) {
     const int n = layer.width;
     const float mean = total(row, n) / n;
+    for (int i = 0; i < n; ++i) row[i] -= mean;
+    const float rest = total(row, n) / n;  // of the mean, by rounding
     float squares[384];
     for (int i = 0; i < n; ++i) {
-        row[i] -= mean;
+        row[i] -= rest;
         squares[i] = row[i] * row[i];
     }
     const float variance = total(squares, n) / n;

@@ -34,6 +34,7 @@ from ..core import (
     Shard,
     Sink,
 )
+from ..engines.gpu_driver import take_place
 from .join import done_indices, join_parts, write_outputs
 from .journal import PartWriter, next_generation, output_error, read_parts
 from .loop import EventLoop
@@ -125,6 +126,9 @@ def classify_run(source: EventSource, analyses: Sequence[Analysis], sinks: Seque
             log.info("resuming: %d of %s events are done", len(done), expected)
         world.reset()
         working = world.allgather(bool(source.works()))
+        place = world.local_place(working[world.rank])
+        if working[world.rank]:
+            take_place(*place)
         writer = PartWriter(parts_directory, world.rank, generation)
         shown = progress and working[world.rank] and not any(working[:world.rank])
         bar = Progress(world, expected, len(done), shown=shown)

@@ -90,11 +90,11 @@ class World:
         """The constants that ``build`` makes; one copy per node, whatever the number of ranks."""
         return build()
 
-    def local_index(self, member: bool) -> int:
-        """Position of this rank among the member ranks of its node (collective)."""
+    def local_place(self, member: bool) -> tuple[int, int]:
+        """(position, number) of this rank among the member ranks of its node (collective)."""
         places = self.allgather((socket.gethostname(), bool(member)))
-        mine = places[self.rank]
-        return sum(place == (mine[0], True) for place in places[:self.rank])
+        mine = (places[self.rank][0], True)
+        return sum(p == mine for p in places[:self.rank]), sum(p == mine for p in places)
 
     def barrier(self) -> None:
         """Wait for all ranks without burning a core."""

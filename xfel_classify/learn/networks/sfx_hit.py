@@ -38,6 +38,8 @@ class RowNorm(nn.Module):
     def forward(self, values_BCHW: Tensor) -> Tensor:
         mean_BCH1 = values_BCHW.mean(-1, keepdim=True)
         centred_BCHW = values_BCHW - mean_BCH1
+        if not self.training:   # what rounding left of the mean; decides on rows of equal values
+            centred_BCHW = centred_BCHW - centred_BCHW.mean(-1, keepdim=True)
         variance_BCH1 = (centred_BCHW * centred_BCHW).mean(-1, keepdim=True)
         floor_BCH1 = self.floor * mean_BCH1
         spread_BCH1 = variance_BCH1 + floor_BCH1 * floor_BCH1
