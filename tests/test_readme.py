@@ -131,12 +131,12 @@ def test_workflow_script_submits_the_run_it_is_told(tmp_path: Path) -> None:
 
 
 def test_slurm_script_hands_the_warning_on_to_the_ranks(tmp_path: Path) -> None:
+    """As SIGUSR1 to mpirun: SIGTERM would make it kill the ranks before they have flushed."""
     (tmp_path / "mpirun").write_text(
         "#!/bin/bash\n"
-        "trap 'echo mpirun was signalled; exit 1' TERM\n"
-        "bash -c 'trap \"echo flushed; exit 130\" TERM\n"
-        "echo ready; while :; do sleep 0.1; done' &\n"
-        "wait $!\n")
+        "trap 'echo mpirun was told to end; exit 1' TERM\n"
+        "trap 'echo passed on; exit 130' USR1\n"
+        "echo ready; while :; do sleep 0.1; done\n")
     (tmp_path / "mpirun").chmod(0o755)
     path = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
     with subprocess.Popen(["bash", ROOT / "mpi_jobs" / "slurm.sh", "95"], env=path, text=True,
@@ -145,4 +145,4 @@ def test_slurm_script_hands_the_warning_on_to_the_ranks(tmp_path: Path) -> None:
         time.sleep(0.5)
         job.terminate()
         said, _ = job.communicate(timeout=30)
-    assert said == "flushed\n" and job.returncode == 130
+    assert said == "passed on\n" and job.returncode == 130

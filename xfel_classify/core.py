@@ -469,8 +469,13 @@ class Engine(Protocol):
 
     def open(self) -> None: ...
 
-    def infer(self, images_BHW: np.ndarray) -> dict[str, np.ndarray]:
-        """Named outputs, fresh arrays with B rows; any B >= 0."""
+    def infer(self, images_BHW: np.ndarray,
+              geometry_B4: np.ndarray | None = None) -> dict[str, np.ndarray]:
+        """Named outputs, fresh arrays with B rows; any B >= 0.
+
+        ``geometry_B4`` (distance in mm, pixel in mm, wavelength in angstrom, pooling factor) goes
+        to models whose card declares a geometry input.
+        """
 
     def close(self) -> None: ...
 
