@@ -10,6 +10,7 @@ Axes: N images of a run, B images of a batch, H row, W column.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import multiprocessing
@@ -38,20 +39,46 @@ BLOCK = 32
 Generator = Callable[[RunKey, range], tuple[np.ndarray, np.ndarray]]
 
 
+LAYOUT_SHARE = 0.6
+"""Share of the runs that are seen through the panels of a detector the package knows."""
+
+
 @functools.lru_cache(maxsize=2)
 def _sfx_run(preset: str, seed: int, run: int) -> Any:
-    from ..simulate.sfx import SimulatedRun, draw_conditions
+    from ..simulate.sfx import SimulatedRun, draw_conditions, window_geometry
+    from .layouts import draw_gaps
 
-    return SimulatedRun(draw_conditions(seed, run, preset))
+    conditions = draw_conditions(seed, run, preset)
+    geometry = window_geometry(conditions)
+    rng = np.random.default_rng([seed, run, 31])
+    gaps_HW = draw_gaps(rng) if rng.random() < LAYOUT_SHARE else None
+    if gaps_HW is not None:
+        geometry = dataclasses.replace(geometry, bad_PSF=gaps_HW[None])
+    return SimulatedRun(conditions, geometry)
 
 
 def _sfx(run: RunKey, events: range) -> tuple[np.ndarray, np.ndarray]:
-    """Crops about the beam (photons) of serial crystallography; label 1 = a crystal was hit."""
-    simulated = _sfx_run(run.preset, run.seed, run.run)
-    drawn = [simulated.event(event) for event in events]
-    return (np.stack([photons_PSF[0] for photons_PSF, _ in drawn]),
-            np.array([truth.is_hit for _, truth in drawn]))
+    """Crops about the beam (photons) of serial crystallography; label 1 = a crystal was hit.
 
+    Crystals with too few visible spots on the pixels of the window are neither, as in the paper
+    (2 to 10 peaks): another event of the run takes the place.
+    """
+    from ..simulate.sfx import LEAST_IN_WINDOW
+
+    simulated = _sfx_run(run.preset, run.seed, run.run)
+    images, labels = [], []
+    for event in events:
+        for number in range(event, event + 100 * SPARE, SPARE):
+            photons_PSF, truth = simulated.event(number)
+            if not truth.is_hit or truth.n_visible_window >= LEAST_IN_WINDOW:
+                break
+        images.append(photons_PSF[0])
+        labels.append(truth.is_hit)
+    return np.stack(images), np.array(labels)
+
+
+SPARE = 1_000_000
+"""Distance in event numbers between an event and the one that takes its place."""
 
 GENERATORS: dict[str, Generator] = {"sfx": _sfx}
 """name -> function of (run, event numbers) giving (images_NHW in the card's unit, labels_N)."""
