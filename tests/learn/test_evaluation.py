@@ -47,10 +47,22 @@ def test_the_worst_run_decides_the_threshold():
     scores = np.concatenate([run(0.0), run(1.0)])
     labels = np.tile(np.repeat([0, 1], 500), 2)
     runs = np.repeat([0, 1], 1000)
-    threshold, margin = choose_threshold(scores, labels, runs, 0.9, 0.9)
+    threshold, margin = choose_threshold(scores, labels, runs, 0.9, 0.9, pseudo_events=0)
     rows = [score_run(str(r), scores[runs == r], labels[runs == r], threshold) for r in (0, 1)]
     worst = min(min(row.sensitivity, row.specificity) for row in rows)
     assert worst == pytest.approx(0.9 + 0.1 * margin, abs=0.005)
     for other in (0.3, 0.5, 0.7, 0.9):
         rows = [score_run("", scores[runs == r], labels[runs == r], other) for r in (0, 1)]
         assert min(min(row.sensitivity, row.specificity) for row in rows) <= worst + 1e-9
+
+
+def test_one_missed_hit_of_a_small_run_does_not_decide_alone():
+    rng = np.random.default_rng(1)
+    scores = np.concatenate([rng.uniform(0.0, 0.1, 1950), rng.uniform(0.12, 0.3, 50),
+                             rng.uniform(0.7, 1.0, 2000), [0.11], rng.uniform(0.7, 1.0, 29)])
+    labels = np.concatenate([np.zeros(2000), np.ones(2000), np.ones(30)]).astype(int)
+    runs = np.concatenate([np.zeros(4000), np.ones(30)]).astype(int)
+    threshold, _ = choose_threshold(scores, labels, runs)
+    assert 0.3 < threshold < 0.7
+    strict, _ = choose_threshold(scores, labels, runs, pseudo_events=0)
+    assert strict < 0.12

@@ -137,24 +137,32 @@ def score_run(name: str, scores_N: np.ndarray, labels_N: np.ndarray,
 
 def choose_threshold(scores_N: np.ndarray, labels_N: np.ndarray, runs_N: np.ndarray,
                      sensitivity: float = 0.98, specificity: float = 0.97,
-                     ) -> tuple[float, float]:
+                     pseudo_events: float = 1000.0) -> tuple[float, float]:
     """(threshold, margin) that maximises the worst run's margin over both targets.
 
     The margin of a run is the smaller of Sen - ``sensitivity`` and Spe - ``specificity``, each
-    divided by the error that the target allows (1 - target), so that 1 is perfection.  Of equally
-    good thresholds the middle one (in log-odds) is taken.
+    divided by the error that the target allows (1 - target), so that 1 is perfection.  A run's
+    share is taken together with ``pseudo_events`` that do as all runs do: of a run with thirty
+    hits a single one says little about the run.  Of equally good thresholds the middle one (in
+    log-odds) is taken.
     """
     odds = np.linspace(-6.0, 6.0, 481)
+    all_logits_N = _log_odds(np.asarray(scores_N, np.float64))
+    pooled = {}
+    for truth in (True, False):
+        values = np.sort(all_logits_N[(np.asarray(labels_N) == 1) == truth])
+        pooled[truth] = np.searchsorted(values, odds, side="left") / max(1, len(values))
     margins = np.full(len(odds), np.inf)
     for run in np.unique(runs_N):
         chosen = runs_N == run
-        logits_N = _log_odds(np.asarray(scores_N[chosen], np.float64))
+        logits_N = all_logits_N[chosen]
         truth_N = labels_N[chosen] == 1
         for truth, target, below in ((True, sensitivity, False), (False, specificity, True)):
             values = np.sort(logits_N[truth_N == truth])
             if len(values) == 0:
                 continue
-            share = np.searchsorted(values, odds, side="left") / len(values)
+            share = (np.searchsorted(values, odds, side="left") + pseudo_events * pooled[truth]
+                     ) / (len(values) + pseudo_events)
             reached = share if below else 1 - share
             margins = np.minimum(margins, (reached - target) / (1 - target))
     best = np.nonzero(margins >= margins.max() - 1e-12)[0]

@@ -60,6 +60,8 @@ class Optimiser(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     weight_decay: float = 0.0
     batch: int = 100
     epochs: int = 30
+    cycles: list[int] = []          # cosine: epochs of each cycle, in all ``epochs``; [] = one
+    restart: float = 0.4            # cosine: learning rate at which later cycles start, relative
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -134,8 +134,16 @@ def learning_rate(how: Optimiser, step: int, steps: int) -> float:
     if step < how.warmup:
         return how.learning_rate * (step + 1) / how.warmup
     if how.schedule == "cosine":
-        share = (step - how.warmup) / max(1, steps - how.warmup)
-        return how.learning_rate * 0.5 * (1 + math.cos(math.pi * share))
+        first, last = how.warmup, steps
+        peak = how.learning_rate
+        for epochs in how.cycles[:-1]:
+            end = (0 if first == how.warmup else first) + steps * epochs // how.epochs
+            if step < end:
+                last = end
+                break
+            first, peak = end, how.restart * how.learning_rate
+        share = (step - first) / max(1, last - first)
+        return peak * 0.5 * (1 + math.cos(math.pi * share))
     return how.learning_rate / (1 + how.decay * step)
 
 
