@@ -37,10 +37,10 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def launch(tmp_path):
-    """Start ranks; returns (answers by rank, exit code, text, seconds)."""
+    """Start ranks; returns (answers by rank, exit code, text).  ``within`` bounds a hang."""
 
     def start(ranks: int, directory: Path, environment: dict[str, str] | None = None,
-              config: dict | None = None, **options):
+              config: dict | None = None, within: float = 60, **options):
         options["config"] = config or {"exp": "cxitst42", "run": 7, "dir": str(directory),
                                        "constants": str(directory / "constants.h5"),
                                        "batch_size": 2}
@@ -53,12 +53,12 @@ def launch(tmp_path):
                      "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
                      "PYTHONPATH": os.pathsep.join(filter(None, [
                          str(ROOT), os.environ.get("PYTHONPATH")]))}
-        began = time.monotonic()
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=variables,
+        done = subprocess.run(command, capture_output=True, text=True, timeout=within,
+                              env=variables,
                               check=False, stdin=subprocess.DEVNULL)
         answers = [json.loads(p.read_text()) for p in sorted(out.glob("rank*.json"))]
         answers.sort(key=lambda a: a["rank"])
-        return answers, done.returncode, done.stdout + done.stderr, time.monotonic() - began
+        return answers, done.returncode, done.stdout + done.stderr
 
     return start
 
@@ -80,7 +80,7 @@ def serial(run, tmp_path_factory) -> list[list]:
 
 @pytest.mark.parametrize("ranks", [3, 4])
 def test_every_rank_count_sees_the_same_run(run, launch, serial, ranks):
-    answers, code, text, _ = launch(ranks, run)
+    answers, code, text = launch(ranks, run)
     assert code == 0, text
     assert [a["works"] for a in answers] == [False, False] + [True] * (ranks - 2)
     assert all(a["expected"] == EVENTS and a["distributes"] for a in answers)
@@ -92,14 +92,13 @@ def test_every_rank_count_sees_the_same_run(run, launch, serial, ranks):
 
 
 def test_two_ranks_are_refused_at_once(run, launch):
-    answers, _, _, seconds = launch(2, run)
+    answers, _, _ = launch(2, run, within=30)
     assert len(answers) == 2
     assert all("needs 1, or at least 3" in a["error"] for a in answers)
-    assert seconds < 30
 
 
 def test_server_and_builder_ranks_do_not_work(run, launch, serial):
-    answers, code, text, _ = launch(6, run, {"PS_SRV_NODES": "1", "PS_EB_NODES": "2"})
+    answers, code, text = launch(6, run, {"PS_SRV_NODES": "1", "PS_EB_NODES": "2"})
     assert code == 0, text
     assert [a["works"] for a in answers] == [False, False, False, True, True, False]
     assert rows(answers) == serial
@@ -109,7 +108,7 @@ def test_an_mfx_experiment_sets_its_own_builders(launch, tmp_path):
     """psana2 overrides PS_EB_NODES for experiments called mfx...: 3 ranks are enough."""
     mock.write_run(tmp_path / "run", mock.Run(exp="mfxtst42", events=4))
     config = {"exp": "mfxtst42", "run": 7, "dir": str(tmp_path / "run"), "calibrated": True}
-    answers, code, text, _ = launch(3, tmp_path, {"PS_EB_NODES": "2"}, config)
+    answers, code, text = launch(3, tmp_path, {"PS_EB_NODES": "2"}, config)
     assert code == 0, text
     assert [len(a["seen"]) for a in answers] == [0, 0, 4], answers
 
@@ -125,15 +124,15 @@ def test_roles_that_leave_nobody_to_work_are_refused(run, launch, variables, mes
 
 def test_interruption_ends_all_ranks(run, launch):
     """A bare break in psana2's event loop would leave the job hanging."""
-    answers, code, text, seconds = launch(4, run, stop_after=2)
+    answers, code, text = launch(4, run, stop_after=2, within=40)
     assert code == 0, text
-    assert len(answers) == 4 and seconds < 40
+    assert len(answers) == 4
     seen = [row[0] for row in rows(answers)]
     assert 2 <= len(seen) <= 2 * 2 and len(set(seen)) == len(seen)
 
 
 def test_one_rank_leaving_does_not_hang_the_others(run, launch, serial):
-    answers, code, text, _ = launch(4, run, leave_after=1, leavers=[2])
+    answers, code, text = launch(4, run, leave_after=1, leavers=[2])
     assert code == 0, text
     assert len(answers[2]["seen"]) == 1
     assert set(map(str, rows(answers))) <= set(map(str, serial))
@@ -142,7 +141,7 @@ def test_one_rank_leaving_does_not_hang_the_others(run, launch, serial):
 def test_constants_that_psana_distributes(run, launch, serial):
     """One rank asks the database; psana shares the answer through memory of the node."""
     config = {"exp": "cxitst42", "run": 7, "dir": str(run)}
-    answers, code, text, _ = launch(4, run, config=config, database=str(run / "constants.h5"))
+    answers, code, text = launch(4, run, config=config, database=str(run / "constants.h5"))
     assert code == 0, text
     from_file, *_ = launch(0, run)
     assert rows(answers) == serial
@@ -151,21 +150,21 @@ def test_constants_that_psana_distributes(run, launch, serial):
 
 def test_a_rank_that_fails_ends_the_job_with_its_traceback(run, launch):
     config = {"exp": "cxitst42", "run": 7, "dir": str(run)}
-    _, code, text, seconds = launch(4, run, config=config, database=str(run / "constants.h5"),
-                                    fail_after=1)
-    assert code != 0 and "planted failure" in text and seconds < 40
+    _, code, text = launch(4, run, config=config, within=40, database=str(run / "constants.h5"),
+                           fail_after=1)
+    assert code != 0 and "planted failure" in text
 
 
 def test_resuming_reads_only_what_is_missing(run, launch, serial):
     todo = [1, 2, 9, 17, 23]
-    answers, code, text, _ = launch(4, run, todo=todo)
+    answers, code, text = launch(4, run, todo=todo)
     assert code == 0, text
     assert rows(answers) == [serial[i] for i in todo]
 
 
 def test_nothing_left_to_do_reads_nothing(run, launch):
     """An empty filter means "all events" to psana2."""
-    answers, code, text, _ = launch(4, run, todo=[])
+    answers, code, text = launch(4, run, todo=[])
     assert code == 0, text
     assert rows(answers) == []
 
@@ -175,7 +174,7 @@ def test_truncated_big_data_under_mpi(run, launch, serial, tmp_path):
     path = copy / "cxitst42-r0007-s002-c000.xtc2"
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 5_000_000)
-    answers, code, text, _ = launch(4, copy)
+    answers, code, text = launch(4, copy)
     assert code == 0, text
     found = rows(answers)
     assert [row[0] for row in found] == list(range(EVENTS))
@@ -187,8 +186,8 @@ def test_truncated_big_data_under_mpi(run, launch, serial, tmp_path):
 def test_a_missing_stream_is_refused_on_every_rank(run, launch, tmp_path):
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
     (copy / "cxitst42-r0007-s002-c000.xtc2").unlink()
-    answers, _, _, seconds = launch(4, copy)
-    assert len(answers) == 4 and seconds < 30
+    answers, _, _ = launch(4, copy, within=30)
+    assert len(answers) == 4
     assert all(a["error"].startswith("RunNotFound") for a in answers)
 
 
@@ -203,7 +202,7 @@ def test_repeated_times_are_refused_when_ranks_share_them(launch, tmp_path):
 def test_one_file_is_shared_by_claim(run, launch):
     """psana2 itself would give every event to every rank."""
     config = {"files": [str(run / "cxitst42-r0007-s001-c000.xtc2")]}
-    answers, code, text, _ = launch(2, run, config=config)
+    answers, code, text = launch(2, run, config=config)
     assert code == 0, text
     assert not any(a["distributes"] for a in answers)
     assert [row[0] for row in rows(answers)] == list(range(EVENTS - 1))     # one has no image
@@ -211,6 +210,6 @@ def test_one_file_is_shared_by_claim(run, launch):
 
 
 def test_psana_without_mpi_under_mpirun_is_shared_by_claim(run, launch, serial):
-    answers, code, text, _ = launch(2, run, {"PS_PARALLEL": "none"})
+    answers, code, text = launch(2, run, {"PS_PARALLEL": "none"})
     assert code == 0, text
     assert rows(answers) == serial and all(a["seen"] for a in answers)
