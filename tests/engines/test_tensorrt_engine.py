@@ -6,16 +6,14 @@ import gc
 import logging
 import sys
 import threading
-from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from mockdata.fake_gpu import FakeCuda, FakeDriver, FakeTensorRT, fake_pycuda
+from mockdata.fake_gpu import install_fakes
 
 from xfel_classify import engines
 from xfel_classify.core import ConfigurationError, EngineError
 from xfel_classify.engines import SupportsSubmit, find_model, gpu_driver, open_engine
-from xfel_classify.engines import tensorrt as engine_module
 from xfel_classify.engines.gpu_driver import DeviceLost
 from xfel_classify.engines.plans import PlanCache
 
@@ -24,27 +22,7 @@ TOLERANT = "\n[tolerance]\nfloat32 = 1e-5\ntf32 = 1e-3\nfloat16 = 5e-3\n"
 
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
-    """A fake GPU on which everything is installed; ``gpu.install(version)`` changes TensorRT."""
-    cuda = FakeCuda()
-    here = SimpleNamespace(cuda=cuda, driver=FakeDriver(cuda))
-    pycuda = ModuleType("pycuda")
-    pycuda.driver = fake_pycuda(cuda)
-    monkeypatch.setitem(sys.modules, "pycuda", pycuda)
-    monkeypatch.setitem(sys.modules, "pycuda.driver", pycuda.driver)
-    monkeypatch.setenv("XFEL_CLASSIFY_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(gpu_driver, "_place", None)
-
-    def install(version):
-        here.tensorrt = FakeTensorRT(cuda, version)
-        monkeypatch.setattr(engine_module, "find_tensorrt", lambda: here.tensorrt)
-        return here.tensorrt
-
-    here.install = install
-    install("11")
-    monkeypatch.setattr(engine_module, "open_driver", lambda: here.driver)
-    monkeypatch.setattr(engine_module, "no_gpu", lambda: "")
-    monkeypatch.setattr(engine_module, "installed", lambda: ["tensorrt"])
-    return here
+    return install_fakes(monkeypatch, tmp_path / "cache")
 
 
 @pytest.fixture

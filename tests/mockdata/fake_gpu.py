@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import ctypes
 import enum
+import sys
 import threading
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 
+from xfel_classify.engines import gpu_driver
+from xfel_classify.engines import tensorrt as engine_module
 from xfel_classify.engines.gpu_driver import Driver
 
 
@@ -481,3 +485,33 @@ class _Execution:
 
     def __del__(self) -> None:
         self._module.journal.append("execution freed")
+
+
+# --- all of it in place ------------------------------------------------------------------------
+
+def install_fakes(monkeypatch: Any, cache: Path) -> Any:
+    """Make the package find one fake GPU with everything installed.
+
+    The answer has ``cuda``, ``driver``, ``tensorrt`` and ``install(version)``, which changes the
+    version of TensorRT.  Plans go to ``cache``.
+    """
+    cuda = FakeCuda()
+    here = SimpleNamespace(cuda=cuda, driver=FakeDriver(cuda))
+    pycuda: Any = ModuleType("pycuda")
+    pycuda.driver = fake_pycuda(cuda)
+    monkeypatch.setitem(sys.modules, "pycuda", pycuda)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", pycuda.driver)
+    monkeypatch.setenv("XFEL_CLASSIFY_CACHE", str(cache))
+    monkeypatch.setattr(gpu_driver, "_place", None)
+
+    def install(version: str) -> FakeTensorRT:
+        here.tensorrt = FakeTensorRT(cuda, version)
+        monkeypatch.setattr(engine_module, "find_tensorrt", lambda: here.tensorrt)
+        return here.tensorrt
+
+    here.install = install
+    install("11")
+    monkeypatch.setattr(engine_module, "open_driver", lambda: here.driver)
+    monkeypatch.setattr(engine_module, "no_gpu", lambda: "")
+    monkeypatch.setattr(engine_module, "installed", lambda: ["tensorrt"])
+    return here

@@ -211,8 +211,10 @@ class Analysis:
             distance_m = frame.frame.scalars.get("distance_m", self._geometry.distance_m)
             self._geometry_B4[row] = geometry_row(distance_m, self._geometry.pixel_size_m,
                                                   frame.photon_energy_eV, self._pool)
-        if self._ahead and row + 1 - self._next >= self._engine.chunk:
-            self._submit(row + 1)
+        if self._ahead:     # whole launches; rows without an image may have been passed over
+            waiting = row + 1 - self._next
+            if waiting >= self._engine.chunk:
+                self._submit(row + 1 - waiting % self._engine.chunk)
 
     def _submit(self, stop: int) -> None:
         """Put the rows up to ``stop`` on their way; rows without an image give an answer unused."""

@@ -32,7 +32,7 @@ import numpy as np
 
 from ..core import CalibratedFrame, ConfigurationError, Constants, RunInfo
 from ..native import peak_finder_v3r3 as native
-from .peaks import PeakAnalysis, Peaks, Threshold, require
+from .peaks import PeakAnalysis, PeakConfig, Peaks, Threshold, require
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,29 +81,28 @@ class PeakFinderV3R3:
             son_min=parameters.son_min))
 
 
+class RingConfig(PeakConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What the finders of psalg share: the ring about a seed, and which peaks are kept."""
+
+    rank: int = 3                       # pixels
+    r0: float = 3.0                     # pixels
+    dr: float = 2.0                     # pixels
+    npix_min: int = 2
+    npix_max: int = 30
+    amax_thr: float | None = None       # None = 4 photons (keV: x photon energy; ADU: 80)
+    atot_thr: float | None = None       # None = 6 photons (keV: x photon energy; ADU: 120)
+    son_min: float = 7.0
+
+
 class Analysis(PeakAnalysis):
     """peak_finder_v3r3 on every event."""
 
     finder = "peak_finder_v3r3"
 
-    class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    class Config(RingConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """Names and values as in PyAlgos and LUTE, thresholds by the unit of the frames."""
 
-        rank: int = 3                       # pixels
-        r0: float = 3.0                     # pixels
-        dr: float = 2.0                     # pixels
         nsigm: float = 7.0
-        npix_min: int = 2
-        npix_max: int = 30
-        amax_thr: float | None = None       # None = 4 photons (keV: x photon energy; ADU: 80)
-        atot_thr: float | None = None       # None = 6 photons (keV: x photon energy; ADU: 120)
-        son_min: float = 7.0
-        max_num_peaks: int = 2048           # kept per event; peaks/truncated tells when cut
-        min_res: float = 0.0                # pixels from the beam
-        max_res: float | None = None        # pixels from the beam; None = no limit
-        min_peaks: int = 10                 # peaks that make a hit
-        only: str = ""                      # column that gates this finder
-        prefix: str = "peaks"               # of the column names
 
     def __init__(self, config: Config | None = None) -> None:
         config = config or self.Config()

@@ -51,7 +51,7 @@ import numpy as np
 
 from ..core import CalibratedFrame, ConfigurationError, Constants, RunInfo
 from ..native import peakfinder8 as native
-from .peaks import PeakAnalysis, Peaks, Threshold, require
+from .peaks import PeakAnalysis, PeakConfig, Peaks, Threshold, require
 
 
 class Parameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -107,35 +107,34 @@ class PeakFinder8:
         return self._finder.radial()
 
 
+class CheetahConfig(PeakConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Names and units as in OM, Cheetah and CrystFEL.
+
+    OM's own defaults are minimum_snr 5 and min_pixel_count 1; on photon-sparse frames they
+    call noise peaks.  On simulated Jungfrau 4M runs with weak spots the values here find
+    three quarters of the spots with less than one false peak per frame.
+    """
+
+    adc_threshold: float | None = None  # least pixel value in the unit of calibrated frames;
+                                        # None = 3 photons (keV: x photon energy; ADU: 100)
+    minimum_snr: float = 7.0
+    min_pixel_count: int = 2
+    max_pixel_count: int = 30
+    local_bg_radius: int = 4            # pixels
+    asics: tuple[int, int] | None = None  # per panel, (slow, fast); None = by detector
+
+
 class Analysis(PeakAnalysis):
     """peakfinder8 on every event."""
 
     finder = "peakfinder8"
 
-    class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-        """Names and units as in OM, Cheetah and CrystFEL.
+    class Config(CheetahConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
+        """What only our own implementation can be told."""
 
-        OM's own defaults are minimum_snr 5 and min_pixel_count 1; on photon-sparse frames they
-        call noise peaks.  On simulated Jungfrau 4M runs with weak spots the values here find
-        three quarters of the spots with less than one false peak per frame.
-        """
-
-        adc_threshold: float | None = None  # least pixel value in the unit of calibrated frames;
-                                            # None = 3 photons (keV: x photon energy; ADU: 100)
-        minimum_snr: float = 7.0
-        min_pixel_count: int = 2
-        max_pixel_count: int = 30
-        local_bg_radius: int = 4            # pixels
-        max_num_peaks: int = 2048           # kept per event; peaks/truncated tells when cut
-        min_res: float = 0.0                # pixels from the beam
-        max_res: float | None = None        # pixels from the beam; None = no limit
-        min_peaks: int = 10                 # peaks that make a hit
-        asics: tuple[int, int] | None = None  # per panel, (slow, fast); None = by detector
         carry_over: bool = True             # psana's peak lists exactly, see the module
         fast: bool = False                  # ring statistics from a sample
         fast_samples: int = 100             # pixels per ring then
-        only: str = ""                      # column that gates this finder
-        prefix: str = "peaks"               # of the column names
 
     def __init__(self, config: Config | None = None) -> None:
         config = config or self.Config()

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from ..core import Batch, CalibratedFrame, Column, ConfigurationError, Constants, RunInfo, Total
@@ -131,11 +132,21 @@ def require(condition: bool, asked: str, rule: str) -> None:
         raise ConfigurationError(f"peak finder: {asked} was asked for; {rule}")
 
 
+class PeakConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What every peak finder is told; a finder's ``Config`` adds its own."""
+
+    max_num_peaks: int = 2048           # kept per event; peaks/truncated tells when cut
+    min_res: float = 0.0                # pixels from the beam
+    max_res: float | None = None        # pixels from the beam; None = no limit
+    min_peaks: int = 10                 # peaks that make a hit
+    only: str = ""                      # column that gates this finder
+    prefix: str = "peaks"               # of the column names
+
+
 class PeakAnalysis:
     """Finds peaks while a frame's pixels are at hand; base of the analyses of that kind.
 
-    A subclass sets ``finder``, calls this ``__init__`` with its configuration (which has
-    ``only``, ``prefix``, ``min_peaks``, ``max_num_peaks``, ``min_res`` and ``max_res``) and
+    A subclass sets ``finder``, calls this ``__init__`` with its :class:`PeakConfig` and
     implements :meth:`open_finder` and :meth:`find_peaks`.
     """
 

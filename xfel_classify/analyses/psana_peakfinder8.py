@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import msgspec
 import numpy as np
 
 from ..core import CalibratedFrame, Constants, MissingDependency, RunInfo
-from .peakfinder8 import adc_threshold, asics_of
+from .peakfinder8 import CheetahConfig, adc_threshold, asics_of
 from .peaks import PeakAnalysis, Peaks, Threshold
 
 
@@ -22,21 +21,8 @@ class Analysis(PeakAnalysis):
 
     finder = "psana-peakfinder8"
 
-    class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    class Config(CheetahConfig, frozen=True, kw_only=True, forbid_unknown_fields=True):
         """As for peakfinder8."""
-
-        adc_threshold: float | None = None  # None = 3 photons (keV: x photon energy; ADU: 100)
-        minimum_snr: float = 7.0
-        min_pixel_count: int = 2
-        max_pixel_count: int = 30
-        local_bg_radius: int = 4            # pixels
-        max_num_peaks: int = 2048           # kept per event; peaks/truncated tells when cut
-        min_res: float = 0.0                # pixels from the beam
-        max_res: float | None = None        # pixels from the beam; None = no limit
-        min_peaks: int = 10                 # peaks that make a hit
-        asics: tuple[int, int] | None = None  # per panel, (slow, fast); None = by detector
-        only: str = ""                      # column that gates this finder
-        prefix: str = "peaks"               # of the column names
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__(config or self.Config())
