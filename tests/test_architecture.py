@@ -23,12 +23,13 @@ HEAVY = ("torch", "psana", "mpi4py", "tensorrt", "pycuda", "matplotlib", "onnxru
 ADDRESSES = {
     "mpi4py": ("pipeline/schedule.py",),
     "psana": ("sources/psana*.py", "analyses/psana*.py", "simulate/*.py"),
-    "torch": ("learn/*.py", "learn/networks/*.py", "simulate/*.py", "engines/torch.py",
-              "commands/train.py"),
+    "torch": ("learn/*.py", "learn/networks/*.py", "learn/lessons/*.py", "simulate/*.py",
+              "engines/torch.py", "commands/train.py"),
     "tensorrt": ("engines/tensorrt*.py",),
     "pycuda": ("engines/tensorrt*.py",),
-    "onnxruntime": ("engines/onnxruntime.py", "engines/cards.py", "learn/*.py"),
-    "matplotlib": ("learn/*.py",),
+    "onnxruntime": ("engines/onnxruntime.py", "engines/cards.py", "engines/lowering.py",
+                    "learn/*.py"),
+    "matplotlib": ("learn/*.py", "learn/reproductions/*.py"),
 }
 
 

@@ -21,7 +21,8 @@ NORMALIZE = ["none", "clip", "sqrt_floor", "standardize"]
 windows = st.builds(
     Window, kind=st.sampled_from(["crop", "downsample", "quadrant"]), height=st.integers(1, 40),
     width=st.integers(1, 40), pool=st.integers(1, 5), quadrant=st.sampled_from("ABCD"),
-    normalize=st.sampled_from(NORMALIZE), clip=st.sampled_from([0.5, 3.0, 65025.0]))
+    normalize=st.sampled_from(NORMALIZE), clip=st.sampled_from([0.5, 3.0, 65025.0]),
+    pool_by=st.sampled_from(["max", "mean"]))
 
 
 def scattered_geometry(shape, rng, tilt=True) -> Geometry:
@@ -74,9 +75,9 @@ def test_render_is_window_of_calibrate(window, p, s, f, seed, scale):
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int16", "int32", "uint32", "float32", "float64"])
-@pytest.mark.parametrize("pool", [1, 3])
+@pytest.mark.parametrize("pool, by", [(1, "max"), (3, "max"), (3, "mean")])
 @pytest.mark.parametrize("normalize", NORMALIZE)
-def test_calibrated_frames_of_every_type(dtype, pool, normalize):
+def test_calibrated_frames_of_every_type(dtype, pool, by, normalize):
     rng = np.random.default_rng(8)
     shape = (3, 20, 33)
     good = rng.random(shape) > 0.1
@@ -85,7 +86,8 @@ def test_calibrated_frames_of_every_type(dtype, pool, normalize):
     if raw.dtype.kind == "f":
         raw[rng.random(shape) < 0.1] = np.nan
         raw[rng.random(shape) < 0.05] = np.inf
-    window = Window(height=40 // pool, width=44 // pool, pool=pool, normalize=normalize, clip=25.)
+    window = Window(height=40 // pool, width=44 // pool, pool=pool, normalize=normalize, clip=25.,
+                    pool_by=by)
     plan = preprocess.plan_render(constants, window)
     out = np.empty(window.shape, np.float32)
     preprocess.render(raw, plan, out, 0.3)
@@ -146,8 +148,9 @@ def test_every_instruction_set_renders_the_same(bar):
     shape = (4, 60, 130)
     constants, raw = gain_run(shape, rng, scattered_geometry(shape, rng))
     try:
-        for pool in (1, 2, 4, 5):
-            window = Window(kind="downsample", height=200 // pool, width=180 // pool, pool=pool)
+        for pool, by in ((1, "max"), (2, "max"), (4, "max"), (5, "max"), (4, "mean"), (5, "mean")):
+            window = Window(kind="downsample", height=200 // pool, width=180 // pool, pool=pool,
+                            pool_by=by)
             plan = preprocess.plan_render(constants, window)
             out = np.empty(window.shape, np.float32)
             preprocess._native.set_variant(bar)
@@ -236,6 +239,24 @@ def test_no_pixel_of_a_detector_is_lost_by_pooling(kind, panels):
         assert abs((299.5 - row) * pixel - geometry.y_m_PSF[spot]) <= pixel * 0.51
 
 
+def test_means_are_over_the_good_pixels_of_a_block():
+    """A pnCCD of 1024 x 1024 as the published single-particle networks see it: 8 x 8 means."""
+    rng = np.random.default_rng(5)
+    image = rng.poisson(2.0, (1024, 1024)).astype(np.float32)
+    good = rng.random(image.shape) > 0.1
+    good[:8, :8] = False
+    window = Window(kind="downsample", height=128, width=128, pool=8, pool_by="mean",
+                    normalize="none")
+    constants = uncalibrated_constants(
+        (1, 1024, 1024), assembled_geometry((1024, 1024), 75e-6, (512.0, 512.0)), good[None])
+    out = np.empty((128, 128), np.float32)
+    preprocess.render(image[None], preprocess.plan_render(constants, window), out)
+    blocks = np.ma.array(image, mask=~good).reshape(128, 8, 128, 8)
+    expected = blocks.mean(axis=(1, 3), dtype=np.float64).filled(0)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert out[0, 0] == 0
+
+
 def test_a_crop_shows_the_nearest_pixels_of_a_real_geometry():
     geometry = default_geometry(detector("jungfrau"), 8)
     constants = uncalibrated_constants(geometry.shape, geometry)
@@ -278,6 +299,7 @@ def test_a_slot_of_a_batch_is_filled_and_others_are_left():
 
 @pytest.mark.parametrize("change, words", [
     ({"kind": "circle"}, "circle"), ({"normalize": "log"}, "log"), ({"pool": 0}, "pool"),
+    ({"pool_by": "median"}, "'median'"),
     ({"kind": "quadrant", "quadrant": "E"}, "'E'"), ({"clip": -1.0}, "clip")])
 def test_impossible_windows_are_named(change, words):
     shape = (1, 8, 8)

@@ -320,9 +320,10 @@ class Window:
     """The part of a frame a network sees, and its scaling; stated by the model's card.
 
     ``kind`` is "crop" (centred on the beam, at pixel resolution), "downsample" (the whole
-    detector, max-pooled) or "quadrant" (one beam-cornered quadrant, rotated so that the beam is
-    at pixel (0, 0)).  ``pool`` is the max-pooling factor f; the window covers
-    (height f) x (width f) detector pixels.  ``unit`` of the values before ``normalize``:
+    detector, pooled) or "quadrant" (one beam-cornered quadrant, rotated so that the beam is
+    at pixel (0, 0)).  ``pool`` is the pooling factor f; the window covers
+    (height f) x (width f) detector pixels, each window pixel the largest (``pool_by = "max"``) or
+    the mean ("mean") of its unmasked detector pixels.  ``unit`` of the values before ``normalize``:
     "photon", "keV" or "ADU" ("ADU" = calibrated values whatever their unit).  ``normalize``:
     "none", "clip" (to +- ``clip``), "sqrt_floor" (clip to [0, ``clip``], square root, floor) or
     "standardize" (zero mean, unit variance over the unmasked pixels).
@@ -337,6 +338,7 @@ class Window:
     unit: str = "photon"
     normalize: str = "clip"
     clip: float = 5e4
+    pool_by: str = "max"
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -10,7 +10,8 @@ Windows show the detector as seen against the beam direction, from behind: colum
 row grows with -y (row 0 on top), the beam at the middle for "crop" and "downsample".  At pixel
 resolution every window pixel takes the detector pixel that covers its centre.  With a pooling
 factor f every detector pixel goes to the one window pixel (f x f detector pixels) that contains its
-centre, and the largest value wins, so that one-pixel spots survive whatever the tilt of the panel.
+centre.  The largest value wins, so that one-pixel spots survive whatever the tilt of the panel, or,
+with ``pool_by = "mean"``, the good pixels are averaged.
 
 **Masked pixels** (``constants.good_PSF`` False) never influence anything.  A pixel whose value is
 not finite counts as masked in its frame.
@@ -371,9 +372,10 @@ def render(raw_PSF: np.ndarray, plan: RenderPlan, out_HW: np.ndarray, scale: flo
                        float(scale), mode, clip, filled)
     else:
         steps, constants = plan.pooling, plan.pooling["constants"]
-        _native.pool(raw_PSF, steps["pedestal_PSF"], steps["factor_PSF"],
-                     *_stage0(constants).stages, plan.gain_bits, steps["strips"],
-                     steps["row_strips"], steps["repeats"], float(scale), mode, clip, filled)
+        pool = _native.pool_mean if plan.window.pool_by == "mean" else _native.pool
+        pool(raw_PSF, steps["pedestal_PSF"], steps["factor_PSF"], *_stage0(constants).stages,
+             plan.gain_bits, steps["strips"], steps["row_strips"], steps["repeats"], float(scale),
+             mode, clip, filled)
     if plan.window.normalize == "standardize":
         filled[...] = _normalized(filled, plan.good_HW, plan.window)
     if filled is not out_HW:
@@ -414,6 +416,12 @@ def window(calibrated_PSF: np.ndarray, plan: RenderPlan, scale: float = 1.0) -> 
         values = calibrated_PSF.ravel()[np.where(plan.good_HW, plan.index_HW, 0)]
         return _finished(values, plan.good_HW & np.isfinite(values), plan.window, scale)
     used = (plan.target_PSF >= 0) & plan.good_PSF & np.isfinite(calibrated_PSF)
+    if plan.window.pool_by == "mean":       # added up in the frame's order, as the kernel does
+        target, size = plan.target_PSF[used], plan.good_HW.size
+        counts = np.bincount(target, minlength=size)
+        sums = np.bincount(target, calibrated_PSF[used].astype(np.float64), size)
+        mean_HW = (sums / np.maximum(counts, 1)).astype(np.float32).reshape(plan.good_HW.shape)
+        return _finished(mean_HW, counts.reshape(mean_HW.shape) > 0, plan.window, scale)
     pooled = np.full(plan.good_HW.size, -np.inf, np.float32)
     np.maximum.at(pooled, plan.target_PSF[used], calibrated_PSF[used])
     pooled_HW = pooled.reshape(plan.good_HW.shape)
@@ -472,7 +480,12 @@ def image_window(image_HW: np.ndarray, window: Window,
         inside &= good[grid].astype(bool)
     if window.pool > 1:
         f, (height, width) = window.pool, window.shape
-        blocks = np.where(inside, values, np.float32(-np.inf)).reshape(height, f, width, f)
-        values = blocks.max(axis=(1, 3))
-        inside = values > -np.inf
+        tiled = (height, f, width, f)
+        if window.pool_by == "mean":
+            counts = inside.reshape(tiled).sum(axis=(1, 3))
+            sums = np.where(inside, values, 0.0).astype(np.float64).reshape(tiled).sum(axis=(1, 3))
+            values, inside = (sums / np.maximum(counts, 1)).astype(np.float32), counts > 0
+        else:
+            values = np.where(inside, values, np.float32(-np.inf)).reshape(tiled).max(axis=(1, 3))
+            inside = values > -np.inf
     return _finished(values, inside, window, scale)

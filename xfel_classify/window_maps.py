@@ -19,6 +19,7 @@ TIE_PX = 1 / 256
 (float32: about 1e-4 pixel) cannot decide which of two equally near pixels is taken."""
 
 NORMALIZE = ("none", "clip", "sqrt_floor", "standardize")
+POOL_BY = ("max", "mean")
 
 # Window row and column as (detector axis, sign): x to the right and y up as seen in the window.
 # Quadrants are turned so that the beam is at their pixel (0, 0): rot90 by 2, 3, 1, 0.
@@ -43,6 +44,8 @@ def check_window(window: Window) -> None:
         wrong = f"normalize {window.normalize!r} is none of {', '.join(NORMALIZE)}"
     elif window.kind == "quadrant" and window.quadrant not in _AXES:
         wrong = f"quadrant {window.quadrant!r} is none of A, B, C, D"
+    elif window.pool_by not in POOL_BY:
+        wrong = f"pool_by {window.pool_by!r} is none of {', '.join(POOL_BY)}"
     elif min(window.height, window.width, window.pool) < 1:
         wrong = f"height, width and pool are {window.height}, {window.width}, {window.pool}"
     elif window.normalize in ("clip", "sqrt_floor") and not window.clip > 0:

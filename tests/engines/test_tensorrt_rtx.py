@@ -17,7 +17,8 @@ tensorrt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt_rtx 
 NAMES = sorted(model.name for model in list_models())
 
 
-def build(model, precision, batch=64):
+def build(model, precision):
+    """The plan of the batch that the model's recipe states."""
     card, recipe = model.card, recipe_for(model, (9, 0))
     images_BHW, geometry_B4, _ = read_check(model)
     inputs = [(card.input, (1, *card.window.shape))]
@@ -27,7 +28,7 @@ def build(model, precision, batch=64):
         examples[card.geometry] = geometry_B4[:2]
     seen = []
     network = lowering.lower(model.onnx_path.read_bytes(), precision, recipe, examples)
-    plan = build_plan(tensorrt, network, precision, Shape(tuple(inputs), batch), recipe,
+    plan = build_plan(tensorrt, network, precision, Shape(tuple(inputs), recipe.batch), recipe,
                       lambda *signature: seen.append(signature))
     [(names, outputs)] = seen
     assert names == [name for name, _ in inputs]

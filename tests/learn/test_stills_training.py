@@ -20,10 +20,7 @@ from xfel_classify.learn.networks import build_network  # noqa: E402
 from xfel_classify.learn.recipes import read_recipe  # noqa: E402
 from xfel_classify.learn.stills import open_stills, shards_of, still_window  # noqa: E402
 from xfel_classify.learn.stills_scores import evaluate_stills, score_answers  # noqa: E402
-from xfel_classify.learn.stills_training import (  # noqa: E402
-    open_stills_training,
-    train_stills,
-)
+from xfel_classify.learn.training import open_trained, train  # noqa: E402
 from xfel_classify.preprocess import image_window  # noqa: E402
 from xfel_classify.simulate.stills_512 import draw_still, simulate_quadrant  # noqa: E402
 
@@ -197,7 +194,7 @@ class Killed(BaseException):
 @pytest.mark.parametrize("kind", TASKS)
 def test_resumed_equals_uninterrupted(kind, recipe_of, tmp_path, monkeypatch):
     recipe = recipe_of(kind)
-    whole = train_stills(recipe, tmp_path / "whole", device="cpu")
+    whole = train(recipe, tmp_path / "whole", device="cpu")
     assert [row["epoch"] for row in whole.history] == [1, 2]
     save = training._save_state
     monkeypatch.setattr(training, "SAVE_EVERY_S", 0.0)
@@ -209,12 +206,12 @@ def test_resumed_equals_uninterrupted(kind, recipe_of, tmp_path, monkeypatch):
 
     monkeypatch.setattr(training, "_save_state", killed)
     with pytest.raises(Killed):
-        train_stills(recipe, tmp_path / "killed", device="cpu")
+        train(recipe, tmp_path / "killed", device="cpu")
     with pytest.raises(OutputDamaged, match="not finished"):
-        open_stills_training(tmp_path / "killed")
+        open_trained(tmp_path / "killed")
     monkeypatch.setattr(training, "_save_state", save)
-    resumed = train_stills(recipe, tmp_path / "killed", device="cpu")
-    np.testing.assert_array_equal(resumed.answers_N, whole.answers_N)
+    resumed = train(recipe, tmp_path / "killed", device="cpu")
+    np.testing.assert_array_equal(resumed.examined["answers"], whole.examined["answers"])
     one, two = (load_file(tmp_path / name / "best.safetensors") for name in ("whole", "killed"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert json.loads((tmp_path / "killed" / "history.json").read_text()) == whole.history
@@ -224,7 +221,7 @@ def test_recipe_and_network_must_have_the_same_head(recipe_of, tmp_path):
     path = recipe_of("lattice")
     path.write_text(path.read_text().replace('heads = ["lattice"]', 'heads = ["resolution"]'))
     with pytest.raises(ConfigurationError, match="task output 'lattice', the network gives"):
-        train_stills(path, tmp_path / "out", device="cpu")
+        train(path, tmp_path / "out", device="cpu")
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -241,9 +238,9 @@ def test_by_commands_from_recipe_to_model(kind, recipe_of, tmp_path, capsys):
     assert model.card.provenance["images"] == {"training": 32, "validation": 12, "test": 8}
     if (out / "learning_curve.png").exists():       # where matplotlib is
         assert (target / "learning_curve.png").read_bytes()[1:4] == b"PNG"
-    trained = open_stills_training(out)
+    trained = open_trained(out)
     found = evaluate_stills(model, "validation", backend="onnxruntime")
-    np.testing.assert_allclose(found.answers_N, trained.answers_N, atol=1e-4)
+    np.testing.assert_allclose(found.answers_N, trained.examined["answers"], atol=1e-4)
 
 
 # --- scores -------------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ def test_resumed_equals_uninterrupted(toy_recipe, tmp_path, monkeypatch):
     resumed = train(toy_recipe, out, report=lines.append)
     assert same(weights(out), weights(tmp_path / "whole"))
     assert resumed.history == whole.history and len(whole.history) == 2
-    np.testing.assert_array_equal(resumed.scores_N, whole.scores_N)
+    np.testing.assert_array_equal(resumed.examined["scores"], whole.examined["scores"])
     assert any("epoch 2/2: loss" in line for line in lines)
     assert (out / "learning_curve.png").read_bytes()[:4] == b"\x89PNG"
     state = (out / "state.safetensors").stat().st_mtime_ns

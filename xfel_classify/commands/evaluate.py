@@ -1,4 +1,4 @@
-"""Score a model on the simulated runs of its recipe: sensitivity and specificity run by run."""
+"""Score a model on the simulated images of its recipe, run by run where it finds hits."""
 from __future__ import annotations
 
 import argparse
@@ -17,33 +17,65 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true",
                         help="write the result into the model's card, with date and command")
     parser.add_argument("--report", metavar="FILE.html",
-                        help="also write a page with tables and curves (yes/no models)")
+                        help="also write a page with tables and figures")
+    parser.add_argument("--paper", action="store_true",
+                        help="instead of a split: ten runs like the 2018 paper's 90 to 100, three "
+                             "of them shifted, with its figures beside (hit models)")
+    parser.add_argument("--scale", type=float, default=1.0, metavar="X",
+                        help="of the paper's event counts (default: 1, 110,891 events)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the ten runs (default: 9098)")
 
 
 def execute(args: argparse.Namespace) -> int:
     require_learn()
+    if args.paper:
+        return paper_runs(args)
     from ..engines import find_model
-    from ..learn.evaluation import evaluate_recipe
+    from ..learn.evaluation import Evaluation
     from ..learn.export import write_metrics
-    from ..learn.stills import trains_on_stills
-    from ..learn.stills_export import write_stills_metrics
-    from ..learn.stills_scores import evaluate_stills
+    from ..learn.lessons import lesson_of
+    from ..learn.recipes import model_recipe
+    from ..learn.spi_scores import SpiEvaluation
+    from ..learn.stills_scores import StillsEvaluation
 
     model = find_model(args.model)
-    asked = model, args.split, args.recipe, args.backend, args.processes
+    lesson = lesson_of(model_recipe(model, args.recipe))
+    evaluation = lesson.evaluate(model, args.split, args.backend, args.processes)
     command = shlex.join(["xfel-classify", *sys.argv[1:]])
-    if trains_on_stills(args.recipe or model.directory / "recipe.toml"):
-        stills = evaluate_stills(*asked)
-        print(stills)
-        if args.keep:
-            write_stills_metrics(model, args.split, stills, command)
-        return 0
-    evaluation = evaluate_recipe(*asked)
     print(evaluation)
     if args.keep:
         write_metrics(model, args.split, evaluation, command)
-    if args.report:
+    if args.report and isinstance(evaluation, Evaluation):
         from ..learn.reports import write_evaluation
 
+        print(write_evaluation(evaluation, args.report, command=command))
+    elif args.report and isinstance(evaluation, StillsEvaluation):
+        from ..learn.report_stills import write_stills_evaluation
+
+        print(write_stills_evaluation(evaluation, args.report, command=command,
+                                      threshold=model.card.tasks[0].threshold))
+    elif args.report and isinstance(evaluation, SpiEvaluation):
+        from ..learn.report_spi import write_spi_evaluation
+
+        print(write_spi_evaluation(evaluation, args.report, command=command))
+    return 0
+
+
+def paper_runs(args: argparse.Namespace) -> int:
+    """The paper's ten runs: one table, its column beside ours."""
+    from ..engines import find_model
+    from ..learn.export import write_metrics
+    from ..learn.paper_runs import PAPER_SEED, evaluate_paper_runs, paper_table
+    from ..learn.reports import write_evaluation
+
+    seed = PAPER_SEED if args.seed is None else args.seed
+    evaluation = evaluate_paper_runs(args.model, scale=args.scale, seed=seed, backend=args.backend,
+                                     processes=args.processes)
+    command = shlex.join(["xfel-classify", *sys.argv[1:]])
+    print(f"{evaluation.model} {evaluation.sha256[:12]}, threshold {evaluation.threshold:g}, seed "
+          f"{seed}, scale {args.scale:g}\n\n{paper_table(evaluation)}")
+    if args.keep:
+        write_metrics(find_model(args.model), "paper_runs", evaluation, command)
+    if args.report:
         print(write_evaluation(evaluation, args.report, command=command))
     return 0

@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from .train import require_learn
 
@@ -17,13 +16,6 @@ def execute(args: argparse.Namespace) -> int:
     require_learn()
     from ..engines import check_model
     from ..learn.export import export_model
-    from ..learn.stills import trains_on_stills
-    from ..learn.stills_export import export_stills_model
-    from ..learn.training import RECIPE
 
-    recipe = Path(args.training) / RECIPE
-    stills = recipe.exists() and trains_on_stills(recipe)
-    model = (export_stills_model if stills else export_model)(args.training, args.model,
-                                                              overwrite=args.overwrite)
-    print(check_model(model))
+    print(check_model(export_model(args.training, args.model, overwrite=args.overwrite)))
     return 0

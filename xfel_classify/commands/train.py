@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..core import ConfigurationError, MissingDependency
+from ..core import MissingDependency
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,25 +13,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--processes", type=int, default=1,
                         help="that simulate images (default: 1)")
-    parser.add_argument("--device", help="of torch, for stills (default: cuda where there is one)")
+    parser.add_argument("--device", help="of torch (default: cuda where there is one; hit "
+                                         "models train on the CPU)")
     parser.add_argument("--restart", action="store_true", help="do not continue, start again")
 
 
 def execute(args: argparse.Namespace) -> int:
     require_learn()
-    from ..learn.stills import trains_on_stills
-    from ..learn.stills_training import train_stills
     from ..learn.training import train
 
-    options = {"resume": not args.restart, "threads": args.threads, "processes": args.processes,
-               "report": lambda line: print(line, flush=True)}
-    if trains_on_stills(args.recipe):
-        train_stills(args.recipe, args.output, device=args.device, **options)
-    elif args.device not in (None, "cpu"):
-        raise ConfigurationError(f"recipe {args.recipe} trains on the CPU only, device "
-                                 f"{args.device!r} was asked for; leave --device out")
-    else:
-        train(args.recipe, args.output, **options)
+    train(args.recipe, args.output, resume=not args.restart, threads=args.threads,
+          processes=args.processes, device=args.device,
+          report=lambda line: print(line, flush=True))
     print(f"next: xfel-classify export {args.output} MODEL_DIR")
     return 0
 

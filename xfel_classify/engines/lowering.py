@@ -265,6 +265,7 @@ class _Quantised:
         self._type = (onnx.TensorProto.INT8 if precision == "int8"
                       else onnx.TensorProto.FLOAT8E4M3FN)
         self._largest = dict(largest)
+        self._uses: dict[str, int] = {}     # of each layer's weights
         self._weights = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
 
     def rewrite(self, stored: Any, examples: Mapping[str, np.ndarray] | None) -> None:
@@ -286,9 +287,7 @@ class _Quantised:
 
     def _measure(self, stored: Any, layers: list[Any],
                  examples: Mapping[str, np.ndarray] | None) -> dict[str, float]:
-        """Largest absolute input of each layer over the examples, by ONNX's own evaluator."""
-        from onnx.reference import ReferenceEvaluator
-
+        """Largest absolute input of each layer over the examples."""
         if not examples:
             raise EngineError(f"{self._precision} needs example images for its ranges; give the "
                               "model a check.npz, or state [any.largest] in its GPU recipe")
@@ -301,10 +300,14 @@ class _Quantised:
             for name in names)
         found = {name: float(np.abs(values).max(initial=0.0)) for name, values in examples.items()}
         if names:
-            values = ReferenceEvaluator(whole).run(names, dict(examples))
+            values = _evaluated(whole, names, examples)
             found |= {name: float(np.abs(value).max(initial=0.0))
                       for name, value in zip(names, values, strict=True)}
-        return {layer_of(node): found[node.input[0]] for node in layers}
+        largest: dict[str, float] = {}
+        for node in layers:             # weights that serve twice have one range
+            name = layer_of(node)
+            largest[name] = max(largest.get(name, 0.0), found[node.input[0]])
+        return largest
 
     def _pairs(self, node: Any) -> list[Any]:
         name = layer_of(node)
@@ -318,10 +321,12 @@ class _Quantised:
             spread = np.abs(weight).max(initial=0.0)
         by_weight = (np.maximum(spread, 1e-12) / self._limit).astype(np.float32)
         by_input = np.float32(max(self._largest[name], 1e-12) / self._limit)
-        pairs = [*self._pair(node.input[0], f"{name}/input", by_input, None),
-                 *self._pair(node.input[1], f"{name}/weight", by_weight,
+        self._uses[name] = self._uses.get(name, 0) + 1
+        place = name if self._uses[name] == 1 else f"{name}#{self._uses[name]}"
+        pairs = [*self._pair(node.input[0], f"{place}/input", by_input, None),
+                 *self._pair(node.input[1], f"{place}/weight", by_weight,
                              axis if self._precision == "int8" else None)]
-        node.input[0], node.input[1] = f"{name}/input_dq", f"{name}/weight_dq"
+        node.input[0], node.input[1] = f"{place}/input_dq", f"{place}/weight_dq"
         return pairs
 
     @staticmethod
@@ -342,3 +347,20 @@ class _Quantised:
                      name=f"{name} quantise", **given),
                 make("DequantizeLinear", [f"{name}_q", f"{name}_scale", f"{name}_zero"],
                      [f"{name}_dq"], name=f"{name} dequantise", **given)]
+
+
+def _evaluated(stored: Any, names: list[str], examples: Mapping[str, np.ndarray]
+               ) -> list[np.ndarray]:
+    """Values inside a network; ONNX's own evaluator serves where ONNX Runtime is not installed.
+
+    It does not know every operator in full (GatherElements along long axes).
+    """
+    try:
+        import onnxruntime
+    except ImportError:
+        from onnx.reference import ReferenceEvaluator
+
+        return list(ReferenceEvaluator(stored).run(names, dict(examples)))
+    session = onnxruntime.InferenceSession(stored.SerializeToString(),
+                                           providers=["CPUExecutionProvider"])
+    return session.run(names, dict(examples))

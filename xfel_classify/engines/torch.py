@@ -111,7 +111,7 @@ class TorchGraph:
         if unknown:
             raise EngineError(f"the torch engine has no operator {', '.join(unknown)}; use "
                               "backend = \"onnxruntime\", or add them to engines/torch.py")
-        self.steps: list[tuple[Callable, list[str], dict[str, Any], str]] = []
+        self.steps: list[tuple[Callable, list[str], dict[str, Any], list[str]]] = []
         for node in graph.node:
             attributes = {entry.name: onnx.helper.get_attribute_value(entry)
                           for entry in node.attribute}
@@ -119,11 +119,11 @@ class TorchGraph:
                 value = onnx.numpy_helper.to_array(attributes["value"])
                 self.weights[node.output[0]] = torch.from_numpy(np.array(value)).to(device)
                 continue
-            if len([name for name in node.output if name]) != 1:
+            if len([name for name in node.output if name]) != 1 and node.op_type != "TopK":
                 raise EngineError(f"the torch engine runs nodes with one output; {node.op_type} "
                                   f"{node.name!r} has {len(node.output)}: use onnxruntime")
             self.steps.append((OPERATORS[node.op_type], list(node.input), attributes,
-                               node.output[0]))
+                               list(node.output)))
 
     def __call__(self, *inputs: np.ndarray) -> dict[str, np.ndarray]:
         """Outputs for arrays in the order of ``inputs``."""
@@ -132,10 +132,17 @@ class TorchGraph:
         values: dict[str, Any] = dict(self.weights)
         for name, array in zip(self.inputs, inputs, strict=True):
             values[name] = torch.from_numpy(array).to(self.device)
-        for function, names, attributes, output in self.steps:
-            tensors = [values[name] if name else None for name in names]
-            values[output] = function(tensors, attributes)
+        self.evaluate(values)
         return {name: values[name].cpu().numpy() for name in self.outputs}
+
+    def evaluate(self, values: dict[str, Any], until: str = "") -> None:
+        """Add what each node gives to ``values``, up to the node that gives ``until``."""
+        for function, names, attributes, found in self.steps:
+            answer = function([values[name] if name else None for name in names], attributes)
+            values.update(zip(found, answer if isinstance(answer, tuple) else (answer,),
+                              strict=False))
+            if until in found:
+                return
 
 
 def _width(value: Any) -> int | None:
@@ -258,34 +265,142 @@ def _clip(tensors: Tensors, attributes: Attributes) -> Any:
     return tensors[0].clamp(min=bounds[0], max=bounds[1])
 
 
+def _pad(tensors: Tensors, attributes: Attributes) -> Any:
+    if attributes.get("mode", b"constant") != b"constant" or len(tensors) > 3:
+        raise EngineError("the torch engine pads all axes with a constant only; use onnxruntime")
+    pads = tensors[1].tolist()
+    rank = len(pads) // 2
+    value = float(tensors[2]) if len(tensors) > 2 and tensors[2] is not None else 0.0
+    ends = [size for axis in reversed(range(rank)) for size in (pads[axis], pads[rank + axis])]
+    return _functional().pad(tensors[0], ends, value=value)
+
+
+def _resize(tensors: Tensors, attributes: Attributes) -> Any:
+    """2-D, bilinear, half-pixel: what networks here enlarge by."""
+    if attributes.get("mode") != b"linear" or attributes.get(
+            "coordinate_transformation_mode", b"half_pixel") not in (b"half_pixel",
+                                                                     b"pytorch_half_pixel"):
+        raise EngineError("the torch engine resizes bilinearly by half pixels only; "
+                          "use onnxruntime")
+    if len(tensors) > 3 and tensors[3] is not None:
+        size = tensors[3].tolist()[2:]
+    else:
+        size = [int(n * factor) for n, factor in zip(tensors[0].shape[2:],
+                                                     tensors[2].tolist()[2:], strict=True)]
+    return _functional().interpolate(tensors[0], size=size, mode="bilinear", align_corners=False)
+
+
+def _top_k(tensors: Tensors, attributes: Attributes) -> Any:
+    if not attributes.get("largest", 1):
+        raise EngineError("the torch engine finds the largest values only; use onnxruntime")
+    found = tensors[0].topk(int(tensors[1]), dim=attributes.get("axis", -1))
+    return found.values, found.indices
+
+
+def _reduced(name: str) -> Callable[[Tensors, Attributes], Any]:
+    def reduce(tensors: Tensors, attributes: Attributes) -> Any:
+        axes = tensors[1].tolist() if len(tensors) > 1 and tensors[1] is not None \
+            else list(range(tensors[0].dim()))
+        return getattr(tensors[0], name)(dim=axes, keepdim=bool(attributes.get("keepdims", 1)))
+    return reduce
+
+
+def _cast(tensors: Tensors, attributes: Attributes) -> Any:
+    import onnx
+    import torch
+
+    numpy_type = onnx.helper.tensor_dtype_to_np_dtype(attributes["to"])
+    return tensors[0].to(torch.from_numpy(np.zeros(1, numpy_type)).dtype)
+
+
+def _shape(tensors: Tensors, attributes: Attributes) -> Any:
+    import torch
+
+    shape = tuple(tensors[0].shape)
+    return torch.tensor(shape[attributes.get("start", 0):attributes.get("end", len(shape))])
+
+
+def _gather(tensors: Tensors, attributes: Attributes) -> Any:
+    axis, (values, index) = attributes.get("axis", 0), tensors
+    index = index.to(values.device)
+    found = values.index_select(axis, index.flatten())
+    return found.reshape(*values.shape[:axis], *index.shape, *values.shape[axis + 1:])
+
+
+def _extreme(name: str) -> Callable[[Tensors, Attributes], Any]:
+    def extreme(tensors: Tensors, attributes: Attributes) -> Any:
+        import torch
+
+        found = tensors[0]
+        for other in tensors[1:]:
+            found = getattr(torch, name)(found, other)
+        return found
+    return extreme
+
+
+def _expand(tensors: Tensors, attributes: Attributes) -> Any:
+    import torch
+
+    return tensors[0].expand(torch.broadcast_shapes(tensors[0].shape, tensors[1].tolist()))
+
+
+def _where(tensors: Tensors, attributes: Attributes) -> Any:
+    import torch
+
+    return torch.where(*tensors)
+
+
 OPERATORS: dict[str, Callable[[Tensors, Attributes], Any]] = {
+    "Abs": lambda t, a: t[0].abs(),
     "Add": lambda t, a: t[0] + t[1],
+    "And": lambda t, a: t[0] & t[1],
     "Atan": lambda t, a: t[0].atan(),
     "AveragePool": _average_pool,
     "BatchNormalization": _batch_norm,
+    "Cast": _cast,
     "Clip": _clip,
     "Concat": _concat,
     "Conv": _conv,
+    "Cos": lambda t, a: t[0].cos(),
     "Div": lambda t, a: t[0] / t[1],
+    "Expand": _expand,
     "Flatten": _flatten,
+    "Floor": lambda t, a: t[0].floor(),
+    "Gather": _gather,
+    "GatherElements": lambda t, a: t[0].gather(a.get("axis", 0), t[1]),
     "Gemm": _gemm,
     "GlobalAveragePool": lambda t, a: t[0].mean(dim=(2, 3), keepdim=True),
+    "Greater": lambda t, a: t[0] > t[1],
+    "GreaterOrEqual": lambda t, a: t[0] >= t[1],
     "Identity": lambda t, a: t[0],
     "LeakyRelu": lambda t, a: _functional().leaky_relu(t[0], a.get("alpha", 0.01)),
+    "Less": lambda t, a: t[0] < t[1],
     "Log": lambda t, a: t[0].log(),
     "MatMul": lambda t, a: t[0] @ t[1],
+    "Max": _extreme("maximum"),
     "MaxPool": _max_pool,
+    "Min": _extreme("minimum"),
     "Mul": lambda t, a: t[0] * t[1],
+    "Neg": lambda t, a: -t[0],
+    "Pad": _pad,
     "Pow": lambda t, a: t[0] ** t[1],
     "Reciprocal": lambda t, a: t[0].reciprocal(),
     "ReduceMean": _mean,
+    "ReduceMin": _reduced("amin"),
+    "ReduceSum": _reduced("sum"),
     "Relu": lambda t, a: t[0].relu(),
     "Reshape": _reshape,
+    "Resize": _resize,
+    "Round": lambda t, a: t[0].round(),
+    "Shape": _shape,
     "Sigmoid": lambda t, a: t[0].sigmoid(),
     "Sin": lambda t, a: t[0].sin(),
     "Slice": _slice,
     "Softmax": lambda t, a: t[0].softmax(dim=a.get("axis", -1)),
     "Sqrt": lambda t, a: t[0].sqrt(),
     "Sub": lambda t, a: t[0] - t[1],
+    "TopK": _top_k,
+    "Transpose": lambda t, a: t[0].permute(a["perm"]),
     "Unsqueeze": _unsqueeze,
+    "Where": _where,
 }

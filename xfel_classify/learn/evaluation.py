@@ -18,7 +18,7 @@ import numpy as np
 from ..core import ConfigurationError
 from ..engines import Model, find_model, open_engine
 from .datasets import CachedRun, open_runs
-from .recipes import read_recipe, runs_of
+from .recipes import Recipe, model_recipe, runs_of
 
 __all__ = ["Evaluation", "RunScore", "choose_threshold", "evaluate", "evaluate_recipe",
            "score_run", "table"]
@@ -203,15 +203,14 @@ def evaluate(model: Model | str | Path, runs: Sequence[CachedRun], backend: str 
 
 
 def evaluate_recipe(model: Model | str | Path, split: str = "test",
-                    recipe_path: str | Path | None = None, backend: str = "auto",
+                    recipe: Recipe | str | Path | None = None, backend: str = "auto",
                     processes: int = 1) -> Evaluation:
     """Evaluate on the runs of a recipe's split ("test", "shifted", "validation").
 
     The recipe is the model's own ``recipe.toml`` unless another is given.
     """
     model = find_model(model)
-    recipe = read_recipe(recipe_path or model.directory / "recipe.toml")
-    runs = runs_of(recipe, split)
+    runs = runs_of(model_recipe(model, recipe), split)
     if not runs:
         raise ConfigurationError(f"recipe of model {model.name} has no runs in [[data.{split}]]; "
                                  "valid splits are training, validation, test, shifted")

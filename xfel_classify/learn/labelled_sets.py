@@ -26,10 +26,12 @@ LABEL_NAMES = ("n_lattices", "d_A", "B_A2", "misset_deg", "misset_sigma_deg", "n
 
 
 def write_labelled_set(path: Path | str, preset: str, seed: int, events: int, *,
-                       events_per_run: int = 8, side: int = SIDE_PX, overwrite: bool = False,
+                       events_per_run: int = 8, side: int = SIDE_PX, layout: str = "",
+                       overwrite: bool = False,
                        progress: Callable[[int], None] = lambda done: None) -> Path:
     """Simulate ``events`` quadrants into ``path``; it appears under that name when complete.
 
+    ``layout`` names a geometry whose panels, tilted, lie under them (simulate.stills_panels).
     ``misset_deg`` is the smallest angle between the first lattice and another, 0 for one lattice.
     """
     path = Path(path)
@@ -52,10 +54,11 @@ def write_labelled_set(path: Path | str, preset: str, seed: int, events: int, *,
             quadrant = file.create_dataset("quadrant", (events,), text)
             labels.attrs["names"], geom.attrs["names"] = list(LABEL_NAMES), list(GEOMETRY)
             file.attrs.update(preset=preset, seed=seed, events_per_run=events_per_run,
+                              layout=Path(layout).name,
                               generator="xfel-classify stills")
             for row in range(events):
                 run, event = divmod(row, events_per_run)
-                still = simulate_quadrant(draw_still(seed, run, event, preset))
+                still = simulate_quadrant(draw_still(seed, run, event, preset, layout))
                 c = still.conditions
                 images[row], geom[row] = still_window(still, side)
                 labels[row] = (c.n_lattices, c.d_A, label_B_A2(c.d_A),

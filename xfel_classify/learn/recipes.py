@@ -16,9 +16,12 @@ import msgspec
 
 from ..config import struct
 from ..core import ConfigurationError, ModelInvalid, Window
-from ..engines.cards import Task, card_from_table
+from ..engines.cards import Model, Task, card_from_table
 
-__all__ = ["Augment", "Data", "Optimiser", "Recipe", "RunKey", "Split", "read_recipe"]
+__all__ = ["Augment", "Data", "Goal", "Optimiser", "Recipe", "RunKey", "Split", "Unknown",
+           "model_recipe", "optimiser_words", "read_recipe", "runs_of"]
+
+SPLITS = ("training", "validation", "test", "shifted")
 
 
 class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,7 +36,7 @@ class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where images come from."""
 
-    generator: str = "sfx"          # a function of xfel_classify.learn.datasets.GENERATORS
+    generator: str = "sfx"          # a file of learn/lessons, or of datasets.GENERATORS
     training: list[Split]
     validation: list[Split]         # chooses the epoch and the threshold
     test: list[Split] = []          # never looked at while training
@@ -46,6 +49,7 @@ class Augment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     flips: bool = True              # left-right and up-down, each with probability 1/2
     rotations: bool = True          # by 0, 90, 180 or 270 degrees
     intensity: float = 0.0          # sigma of the logarithm of a common factor
+    load_once: bool = False         # the same change in every epoch, as drawn when loading
 
 
 class Optimiser(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -62,6 +66,9 @@ class Optimiser(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     epochs: int = 30
     cycles: list[int] = []          # cosine: epochs of each cycle, in all ``epochs``; [] = one
     restart: float = 0.4            # cosine: learning rate at which later cycles start, relative
+    reshuffle: bool = True          # another order of the images in every epoch
+    keep: str = "best"              # weights of the best epoch on validation, or of the last
+    precision: str = "float32"      # on a CPU; bfloat16: half the time where the CPU has AMX
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -69,6 +76,22 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     sensitivity: float = 0.98
     specificity: float = 0.97
+
+
+class Goal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How a task is learnt; stands in the recipe's task beside what the card says of it."""
+
+    weight: float = 1.0             # of its loss
+    label: str = ""                 # name of the label in the data set; "" = the task's name
+
+
+class Unknown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A further answer: does the image show none of the classes of a task?"""
+
+    task: str = "particle"          # whose classes are the known ones
+    method: str = "mahalanobis"     # how it is judged: mahalanobis, energy, softmax
+    features: int = 64              # mahalanobis: leading components of the trunk's features
+    accept: float = 0.95            # share of known validation images that are called known
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,7 +104,10 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     licence: str = "BSD-3-Clause"
     seed: int = 0                   # initial weights, order, augmentation, dropout
     network: dict[str, Any] = {}    # options of the architecture
-    task: Task
+    pretrained: str = ""            # safetensors file to start from, relative to the recipe
+    tasks: list[Task]               # [task] with one head, [[tasks]] with several
+    goals: dict[str, Goal] = {}     # task name -> how it is learnt
+    unknown: Unknown | None = None
     window: Window = Window()
     detectors: list[str] = []
     photon_energy_eV: list[float] = []
@@ -91,6 +117,16 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     target: Target = Target()
     tolerance: dict[str, float] = {}
     sha256: str = ""                # of the file, filled in by read_recipe
+
+    @property
+    def task(self) -> Task:
+        """The first task; the only one of most recipes."""
+        return self.tasks[0]
+
+    def goal(self, task: Task) -> Goal:
+        """How ``task`` is learnt, its label named."""
+        goal = self.goals.get(task.name, Goal())
+        return goal if goal.label else msgspec.structs.replace(goal, label=task.name)
 
 
 @dataclass(frozen=True)
@@ -128,46 +164,78 @@ def read_recipe(path: str | Path) -> Recipe:
     return msgspec.structs.replace(recipe, sha256=hashlib.sha256(content).hexdigest())
 
 
+def model_recipe(model: Model, recipe: Recipe | str | Path | None = None) -> Recipe:
+    """The recipe of a model, or another that is given or read instead."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    return read_recipe(recipe or model.directory / "recipe.toml")
+
+
+def optimiser_words(how: Optimiser) -> str:
+    """The optimiser in the words of a card."""
+    return (f"{how.kind}, learning rate {how.learning_rate}, {how.schedule}, batch {how.batch}, "
+            f"{how.epochs} epochs")
+
+
 def _recipe(table: Mapping[str, Any], where: str) -> Recipe:
     parts = dict(table)
-    sections: dict[str, Any] = {"augment": Augment, "optimiser": Optimiser, "target": Target}
+    sections: dict[str, Any] = {"augment": Augment, "optimiser": Optimiser, "target": Target,
+                                "unknown": Unknown}
     for name, cls in sections.items():
         if name in parts:
             parts[name] = struct(cls, parts[name], f"{where}: [{name}]")
     if "data" in parts:
         data = dict(parts["data"])
-        for name in ("training", "validation", "test", "shifted"):
+        for name in SPLITS:
             data[name] = [struct(Split, split, f"{where}: [[data.{name}]]")
                           for split in data.get(name, [])]
         parts["data"] = struct(Data, data, f"{where}: [data]")
-    # task and window are the card's own sections: checked by the card's reader
+    if "task" in parts and "tasks" in parts:
+        raise ConfigurationError(f"{where} has a [task] and [[tasks]]; write all heads as "
+                                 "[[tasks]]")
+    tasks = [dict(task) for task in parts.pop("tasks", [parts.pop("task", {})])]
+    goals = [struct(Goal, {key: task.pop(key) for key in Goal.__struct_fields__ if key in task},
+                    f"{where}: [[tasks]]") for task in tasks]
+    # tasks and window are the card's own sections: checked by the card's reader
     try:
-        card = card_from_table({"name": "", "version": "", "onnx_sha256": "",
-                                "tasks": [table.get("task", {})],
+        card = card_from_table({"name": "", "version": "", "onnx_sha256": "", "tasks": tasks,
                                 "window": table.get("window", {})}, where)
     except ModelInvalid as error:
         raise ConfigurationError(str(error)) from error
-    parts["task"], parts["window"] = card.tasks[0], card.window
+    parts["tasks"], parts["window"] = card.tasks, card.window
+    parts["goals"] = {task.name: goal for task, goal in zip(card.tasks, goals, strict=True)}
     recipe = struct(Recipe, parts, where)
+    _check(recipe, where)
+    return recipe
+
+
+def _check(recipe: Recipe, where: str) -> None:
     if recipe.optimiser.kind not in ("sgd", "adam"):
         raise ConfigurationError(f"{where}: optimiser kind {recipe.optimiser.kind!r}; valid are "
                                  "sgd, adam")
     if recipe.optimiser.schedule not in ("decay", "cosine"):
         raise ConfigurationError(f"{where}: schedule {recipe.optimiser.schedule!r}; valid are "
                                  "decay, cosine")
+    if recipe.optimiser.keep not in ("best", "last"):
+        raise ConfigurationError(f"{where}: optimiser keep {recipe.optimiser.keep!r}; valid are "
+                                 "best, last")
+    if recipe.optimiser.precision not in ("float32", "bfloat16"):
+        raise ConfigurationError(f"{where}: optimiser precision {recipe.optimiser.precision!r}; "
+                                 "valid are float32, bfloat16")
     if not recipe.data.training or not recipe.data.validation:
         raise ConfigurationError(f"{where}: [[data.training]] and [[data.validation]] are both "
                                  "needed; add the one that is missing")
     owners: dict[int, str] = {}
-    for name in ("training", "validation", "test", "shifted"):
+    for name in SPLITS:
         for split in getattr(recipe.data, name):
             if owners.setdefault(split.seed, name) != name:
                 raise ConfigurationError(f"{where}: seed {split.seed} is used by both "
                                          f"{owners[split.seed]} and {name}; splits never share "
                                          "a seed, choose another")
-    keys = [key for name in ("training", "validation", "test", "shifted")
-            for key in runs_of(recipe, name)]
+    if recipe.unknown and recipe.unknown.task not in [task.name for task in recipe.tasks]:
+        raise ConfigurationError(f"{where}: [unknown] is about the task {recipe.unknown.task!r}; "
+                                 f"the recipe has {', '.join(t.name for t in recipe.tasks)}")
+    keys = [key for name in SPLITS for key in runs_of(recipe, name)]
     if len({(key.preset, key.seed, key.run) for key in keys}) != len(keys):
         raise ConfigurationError(f"{where}: two parts of one split have the same preset and seed; "
                                  "choose different seeds")
-    return recipe

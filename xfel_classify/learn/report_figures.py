@@ -21,8 +21,9 @@ from .curves import Curves, wilson
 from .labels import DROPPED, HIT
 from .markup import Markup
 
-__all__ = ["Curve", "hit_rate", "powders", "require_matplotlib", "score_against_peaks",
-           "score_histogram", "threshold_curves", "timing"]
+__all__ = ["Curve", "called_by_angle", "hit_rate", "powders", "require_matplotlib",
+           "resolution_scatter", "score_against_peaks", "score_histogram", "threshold_curves",
+           "timing"]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, BLACK = (
     "#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")
@@ -104,7 +105,8 @@ def _plain(text: str) -> str:
 def threshold_curves(lines: Sequence[Curve], label: str) -> Markup:
     """ROC left, precision against sensitivity right; a marker where the answers work."""
     drawn: list[Markup] = []
-    with _figure(8.0, 3.7, label, drawn) as figure:
+    below = 0.19 * max(0, len(lines) - 2)       # of the legends, so that the axes keep their height
+    with _figure(8.0, 3.7 + below, label, drawn) as figure:
         roc, precision = figure.subplots(1, 2)
         roc.plot([0, 1], [0, 1], color="#999999", lw=0.8, ls=":")
         styles = zip(lines, cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
@@ -155,6 +157,77 @@ def score_histogram(score_N: np.ndarray, truth_N: np.ndarray, name: str, cut: fl
                  ylim=(0.7, None))
         if axes.get_legend_handles_labels()[0]:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), fontsize=8.5, ncols=2)
+    return drawn[0]
+
+
+def resolution_scatter(truth_N: np.ndarray, answer_N: np.ndarray, within: float,
+                       label: str) -> Markup:
+    """True against answered 1/d (1/angstrom) with the band of ``within``; errors beside."""
+    drawn: list[Markup] = []
+    with _figure(8.0, 3.8, label, drawn) as figure:
+        scatter, errors = figure.subplots(1, 2, width_ratios=(1.15, 1))
+        inside_N = np.abs(answer_N - truth_N) < within
+        low = float(min(truth_N.min(), answer_N.min())) - 0.02
+        high = float(max(truth_N.max(), answer_N.max())) + 0.02
+        line = np.array([low, high])
+        scatter.fill_between(line, line - within, line + within, color=SKY, alpha=0.25, lw=0)
+        scatter.plot(line, line, color=BLACK, lw=0.9, ls="--")
+        few = len(truth_N) <= 3000
+        for chosen_N, (colour, marker), text in ((inside_N, HITS, "within"),
+                                                 (~inside_N, MISSES, "outside")):
+            scatter.plot(truth_N[chosen_N], answer_N[chosen_N], ls="none", marker=marker, ms=3.2,
+                         color=colour, mfc="none", mew=0.7, alpha=0.7, rasterized=not few,
+                         label=f"{text} {within:g} 1/Å ({int(chosen_N.sum())})")
+        scatter.set(xlabel="true 1/d (1/Å)", ylabel="answered 1/d (1/Å)",
+                    xlim=(low, high), ylim=(low, high), aspect="equal")
+        _angstrom_axis(scatter, low, high)
+        error_N = answer_N - truth_N
+        reach = max(2 * within, float(np.quantile(np.abs(error_N), 0.995)))
+        errors.hist(np.clip(error_N, -reach, reach), np.linspace(-reach, reach, 61),
+                    color=SKY, edgecolor=BLUE, lw=0.5)
+        for edge in (-within, within):
+            errors.axvline(edge, color=BLACK, ls="--", lw=1.0)
+        errors.set(xlabel="answered - true 1/d (1/Å)", ylabel="images")
+        scatter.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), fontsize=8.5, ncols=2)
+    return drawn[0]
+
+
+def _angstrom_axis(axes: Any, low: float, high: float) -> None:
+    """d itself above an axis of 1/d."""
+    wanted = [d for d in (6, 4, 3, 2.5, 2, 1.7, 1.4) if low < 1 / d < high]
+    above = axes.secondary_xaxis("top")
+    above.set_xticks([1 / d for d in wanted], [f"{d:g}" for d in wanted])
+    above.set_xlabel("d (Å)", fontsize=8.5)
+
+
+def called_by_angle(groups: Mapping[str, Sequence[tuple[float, float, int, int]]],
+                    single: tuple[int, int], label: str) -> Markup:
+    """Share of shots called multiple against their smallest mis-setting, by law.
+
+    ``groups`` maps a law to (from, to, called, images) of ranges in degrees; ``single`` is
+    (called single, images) of the shots with one lattice.  Bars are 95 % intervals (Wilson).
+    """
+    drawn: list[Markup] = []
+    with _figure(8.0, 3.4, label, drawn) as figure:
+        axes = figure.subplots()
+        styles = zip(groups.items(), cycle(COLOURS), cycle(LINES), cycle(MARKERS), strict=False)
+        for (name, rows), colour, style, marker in styles:
+            at = np.array([np.sqrt(max(low, 0.05) * high) for low, high, _, _ in rows])
+            share = np.array([called / images for _, _, called, images in rows])
+            bounds = np.array([wilson(called, images) for _, _, called, images in rows])
+            # an interval ends at 1 but for rounding
+            reach = np.maximum([share - bounds[:, 0], bounds[:, 1] - share], 0.0)
+            axes.errorbar(at, share, reach, color=colour, ls=style, marker=marker, ms=5, lw=1.4,
+                          capsize=2.5, label=_plain(name))
+        if single[1]:
+            low, high = wilson(*single)
+            axes.axhspan(low, high, color="#999999", alpha=0.3, lw=0)
+            axes.axhline(single[0] / single[1], color="#555555", ls=":", lw=1.3,
+                         label="one lattice, called single")
+        axes.set(xscale="log", xlabel="smallest mis-setting angle (degrees)",
+                 ylabel="share called right", ylim=(0, 1.02))
+        axes.set_xticks([0.1, 0.3, 1, 3, 10, 30, 100], ["0.1", "0.3", "1", "3", "10", "30", "100"])
+        axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8.5)
     return drawn[0]
 
 

@@ -27,7 +27,7 @@ from .markup import Markup, join, tag
 from .report_page import figure, notice, page, section
 from .report_runs import Answer, Judged, ReportRun, find_summaries, open_runs, pooled
 
-__all__ = ["Options", "elog_page", "write_evaluation", "write_report"]
+__all__ = ["Options", "elog_page", "footer", "fresh", "store", "write_evaluation", "write_report"]
 
 POWDER_LONGEST, FRAME_LONGEST = 560, 420
 """Picture elements on the longer side; larger detectors are shown by the maximum of neighbours."""
@@ -55,18 +55,20 @@ def write_report(paths: Sequence[str | Path], output: str | Path, *,
     :class:`MissingDependency` without matplotlib.
     """
     options = options or Options()
-    output = _fresh(output, overwrite)
+    output = fresh(output, overwrite)
     figures.require_matplotlib()
     runs = open_runs(find_summaries(paths), labels, options.column)
-    return _store(_page(runs, options), output)
+    return store(_page(runs, options), output)
 
 
 def write_evaluation(evaluation: Evaluation, output: str | Path, *, command: str = "",
                      overwrite: bool = False) -> Path:
     """Write a page about a model's evaluation on simulated runs; returns its path."""
-    output = _fresh(output, overwrite)
+    output = fresh(output, overwrite)
     figures.require_matplotlib()
-    judged = [Judged(run.name, -1, "hit/label", "simulated truth", run, np.arange(run.events),
+    # the paper's runs are named by their numbers, so that its figures come to stand beside ours
+    judged = [Judged(run.name, int(run.name) if run.name.isdigit() else -1, "hit/label",
+                     "simulated truth", run, np.arange(run.events),
                      np.asarray(scores_N, np.float64), np.asarray(truth_N, np.int8))
               for run, scores_N, truth_N in zip(evaluation.runs, evaluation.scores,
                                                 evaluation.labels, strict=True)]
@@ -80,8 +82,8 @@ def write_evaluation(evaluation: Evaluation, output: str | Path, *, command: str
                    "Scores of hits and misses of all runs.", "half")
     text = page(title, lead, contents,
                 section("Against the truth", *_judgement({"hit/label": judged}), id="judged"),
-                section("Scores", score, id="scores"), footer=_footer(command))
-    return _store(text, output)
+                section("Scores", score, id="scores"), footer=footer(command))
+    return store(text, output)
 
 
 def elog_page(directory: str | Path, name: str, paths: Sequence[str | Path]) -> Path:
@@ -108,7 +110,8 @@ def elog_page(directory: str | Path, name: str, paths: Sequence[str | Path]) -> 
     return folder / "report.html"
 
 
-def _fresh(output: str | Path, overwrite: bool) -> Path:
+def fresh(output: str | Path, overwrite: bool) -> Path:
+    """``output`` where a page may be written; :class:`OutputError` and its kin say why not."""
     output = Path(output)
     if output.is_dir():
         raise OutputExists(f"{output} was to be a page, but is a directory; give a file name "
@@ -122,7 +125,8 @@ def _fresh(output: str | Path, overwrite: bool) -> Path:
     return output
 
 
-def _store(text: str, output: Path) -> Path:
+def store(text: str, output: Path) -> Path:
+    """Write a page, whole or not at all; returns its path."""
     try:
         staged_bytes(output.parent, output.name, text.encode())
         os.replace(output.with_name(f"{output.name}.tmp"), output)
@@ -137,7 +141,8 @@ def _store(text: str, output: Path) -> Path:
     return output
 
 
-def _footer(command: str) -> Markup:
+def footer(command: str) -> Markup:
+    """Who wrote the page, when, by which command."""
     now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
     return join(f"Written by xfel_classify {version('xfel-classify')} on {now}.",
                 join(" Command: ", tag("code", command)) if command else None)
@@ -171,7 +176,7 @@ def _page(runs: Sequence[ReportRun], options: Options) -> str:
     sections.append(section("Where the numbers come from", *_provenance(runs), id="provenance"))
     events = sum(run.events for run in runs)
     lead = f"{events} events of {len(runs)} run{'s' * (len(runs) != 1)}."
-    return page(title, lead, contents, *sections, footer=_footer(options.command))
+    return page(title, lead, contents, *sections, footer=footer(options.command))
 
 
 def _notices(runs: Sequence[ReportRun]) -> Iterator[Markup]:

@@ -19,7 +19,7 @@ import numpy as np
 
 from ..core import ConfigurationError
 from ..engines import Model, Task, find_model, open_engine
-from .recipes import read_recipe
+from .recipes import Recipe, model_recipe
 from .stills import StillSet, open_stills, shards_of
 
 __all__ = ["LatticeScores", "ResolutionScores", "StillsEvaluation", "evaluate_stills",
@@ -163,12 +163,11 @@ class StillsEvaluation:
 
 
 def evaluate_stills(model: Model | str | Path, split: str = "test",
-                    recipe_path: str | Path | None = None, backend: str = "auto",
+                    recipe: Recipe | str | Path | None = None, backend: str = "auto",
                     processes: int = 1) -> StillsEvaluation:
     """Evaluate a lattice or resolution model on the stills of a recipe's split."""
     model = find_model(model)
-    recipe = read_recipe(recipe_path or model.directory / "recipe.toml")
-    shards = shards_of(recipe, split)
+    shards = shards_of(model_recipe(model, recipe), split)
     if not shards:
         raise ConfigurationError(f"recipe of model {model.name} has no stills in [[data.{split}]];"
                                  " valid splits are training, validation, test, shifted")

@@ -288,6 +288,42 @@ INLINE void pool_body(const T *raw, const Tables &t, const Strips &s, int bits,
     normalize_body(out, n_out, finish.scale, finish.mode, finish.limit);
 }
 
+// The mean of the pixels that are not barred, in the frame's order and in double precision, so that
+// every variant and the numpy reference add the same numbers one after the other.
+template <class T>
+INLINE void pool_mean_body(const T *raw, const Tables &t, const Strips &s, int bits,
+                           const Finish &finish, float *row, double *sums, int32_t *counts,
+                           float *out, size_t n_out) {
+    std::fill(sums, sums + n_out, 0.0);
+    std::fill(counts, counts + n_out, 0);
+    for (size_t r = 0; r < s.rows; ++r) {
+        if (s.row_strips[r] == s.row_strips[r + 1]) continue;
+        const int32_t *last = s.strips + 5 * (s.row_strips[r + 1] - 1);
+        const size_t first = s.strips[5 * s.row_strips[r]];
+        const size_t n = last[0] + last[1] * last[2] - first, at = r * s.columns + first;
+        any_body<T>(raw + at, t.at(at), n, row + first, bits, kBarred);
+        for (int64_t j = s.row_strips[r]; j < s.row_strips[r + 1]; ++j) {
+            const int32_t *strip = s.strips + 5 * j;
+            const float *from = row + strip[0];
+            for (int k = 0; k < strip[1]; ++k, from += strip[2]) {
+                const int32_t to = strip[3] + k * strip[4];
+                double sum = sums[to];
+                int32_t good = 0;
+                for (int i = 0; i < strip[2]; ++i) {
+                    const bool there = from[i] > kBarred;
+                    sum += there ? static_cast<double>(from[i]) : 0.0;
+                    good += there;
+                }
+                sums[to] = sum;
+                counts[to] += good;
+            }
+        }
+    }
+    for (size_t i = 0; i < n_out; ++i)
+        out[i] = counts[i] ? static_cast<float>(sums[i] / counts[i]) : 0.0f;
+    normalize_body(out, n_out, finish.scale, finish.mode, finish.limit);
+}
+
 template <class T>
 struct For {
     KERNEL(calibrate, (const T *raw, const Tables &t, size_t n, float *out, int bits, float fill),
@@ -300,6 +336,10 @@ struct For {
            (const T *raw, const Tables &t, const Strips &s, int bits, const Finish &finish,
             float *row, float *most, float *out, size_t n_out),
            (raw, t, s, bits, finish, row, most, out, n_out))
+    KERNEL(pool_mean,
+           (const T *raw, const Tables &t, const Strips &s, int bits, const Finish &finish,
+            float *row, double *sums, int32_t *counts, float *out, size_t n_out),
+           (raw, t, s, bits, finish, row, sums, counts, out, n_out))
 
    private:
     static INLINE void calibrate_body(const T *raw, const Tables &t, size_t n, float *out, int bits,
@@ -313,6 +353,10 @@ struct For {
     template <class... A>
     static INLINE void pool_body(A &&...a) {
         ::pool_body<T>(std::forward<A>(a)...);
+    }
+    template <class... A>
+    static INLINE void pool_mean_body(A &&...a) {
+        ::pool_mean_body<T>(std::forward<A>(a)...);
     }
 };
 
@@ -412,26 +456,52 @@ void render(const py::array &raw, const py::object &index, const py::object &seg
     });
 }
 
+Strips strips_of(const py::array &raw, const py::object &strips, const py::object &row_strips,
+                 const py::object &repeats) {
+    if (raw.ndim() < 1) throw py::value_error("raw: no rows");
+    const size_t columns = raw.shape(raw.ndim() - 1);
+    const size_t rows = columns ? raw.size() / columns : 0;
+    return {pointer<int32_t>(strips, "strips", 0),
+            pointer<int64_t>(row_strips, "row_strips", rows + 1),
+            pointer<uint8_t>(repeats, "repeats", rows), rows, columns};
+}
+
 void pool(const py::array &raw, const py::object &pedestal, const py::object &factor,
           const py::object &pedestals, const py::object &gains, const py::object &offsets,
           const std::string &gain_bits, const py::object &strips, const py::object &row_strips,
           const py::object &repeats, float scale, int mode, float limit, const py::array &out) {
-    if (raw.ndim() < 1) throw py::value_error("raw: no rows");
-    const size_t n = raw.size(), columns = raw.shape(raw.ndim() - 1);
-    const size_t rows = columns ? n / columns : 0;
+    const Strips s = strips_of(raw, strips, row_strips, repeats);
     const int bits = bits_of(gain_bits);
-    const Tables t = tables_of(pedestal, factor, pedestals, gains, offsets, bits, n);
-    const Strips s{pointer<int32_t>(strips, "strips", 0),
-                   pointer<int64_t>(row_strips, "row_strips", rows + 1),
-                   pointer<uint8_t>(repeats, "repeats", rows), rows, columns};
+    const Tables t = tables_of(pedestal, factor, pedestals, gains, offsets, bits, raw.size());
     float *to = writable(out, 0);
     const size_t n_out = out.size();
     const Finish finish{scale, limit, mode};
-    std::vector<float> row(columns), most(columns);
+    std::vector<float> row(s.columns), most(s.columns);
     with_pixels(raw, [&](auto *pixels) {
         py::gil_scoped_release free;
         For<Pixel<decltype(pixels)>>::pool(pixels, t, s, bits, finish, row.data(), most.data(), to,
                                            n_out);
+    });
+}
+
+void pool_mean(const py::array &raw, const py::object &pedestal, const py::object &factor,
+               const py::object &pedestals, const py::object &gains, const py::object &offsets,
+               const std::string &gain_bits, const py::object &strips,
+               const py::object &row_strips, const py::object &repeats, float scale, int mode,
+               float limit, const py::array &out) {
+    const Strips s = strips_of(raw, strips, row_strips, repeats);
+    const int bits = bits_of(gain_bits);
+    const Tables t = tables_of(pedestal, factor, pedestals, gains, offsets, bits, raw.size());
+    float *to = writable(out, 0);
+    const size_t n_out = out.size();
+    const Finish finish{scale, limit, mode};
+    std::vector<float> row(s.columns);
+    std::vector<double> sums(n_out);
+    std::vector<int32_t> counts(n_out);
+    with_pixels(raw, [&](auto *pixels) {
+        py::gil_scoped_release free;
+        For<Pixel<decltype(pixels)>>::pool_mean(pixels, t, s, bits, finish, row.data(),
+                                                sums.data(), counts.data(), to, n_out);
     });
 }
 
@@ -446,6 +516,7 @@ PYBIND11_MODULE(calibrate, m) {
     m.def("pool", &pool,
           "raw, pedestal, factor, pedestals, gains, offsets, bits, strips, row_strips, repeats, "
           "scale, mode, limit, out");
+    m.def("pool_mean", &pool_mean, "as pool; the mean instead of the largest value");
     m.def("variants", &variants::available, "instruction sets of this machine");
     m.def("set_variant", &variants::set_variant, "use this instruction set from now on");
 }

@@ -9,20 +9,21 @@ Axes: G gain stage, P panel, S slow, F fast.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from typing import Any, Protocol
 
 import h5py
 import numpy as np
 
 from .. import detectors
-from ..core import ConfigurationError
+from ..core import ConfigurationError, Geometry
 from .conditions import Conditions
 from .sfx import SimulatedRun, Truth
 
-__all__ = ["JungfrauRun", "RawEvent", "RunFiles", "TruthFile"]
+__all__ = ["JungfrauRun", "PhotonSource", "RawEvent", "RawRun", "RunFiles", "TruthFile"]
 
 GAIN_ADU_PER_KEV = (41.5, -1.39, -0.11)
 PEDESTAL_ADU = (2900.0, 14600.0, 14700.0)
@@ -39,8 +40,27 @@ class RawEvent:
     index: int
     timestamp: int
     raw_PSF: np.ndarray | None
-    truth: Truth
+    truth: Any          # Truth, or what another PhotonSource plants
     damaged: bool
+
+
+class PhotonSource(Protocol):
+    """What hits the detector: photons of an event on its pixels, and what was planted in it."""
+
+    def event(self, number: int) -> tuple[np.ndarray, Any]: ...
+
+
+class RawRun(Protocol):
+    """What a run writer writes: a run on a detector of ``kind``."""
+
+    kind: str
+    shape: tuple[int, int, int]
+    segments: int
+    conditions: Any     # seed, run, photon_energy_eV, distance_m
+
+    def constants(self) -> dict[str, np.ndarray | str]: ...
+
+    def events(self, numbers: range) -> Iterator[RawEvent]: ...
 
 
 @dataclass(frozen=True)
@@ -59,10 +79,17 @@ def timestamp(index: int, rate_Hz: float) -> int:
 
 
 class JungfrauRun:
-    """A simulated run on a Jungfrau of 1, 2, 8 or 32 modules."""
+    """A simulated run on a Jungfrau of 1, 2, 8 or 32 modules.
 
-    def __init__(self, conditions: Conditions, segments: int = 2, *, rate_Hz: float = 120.0,
-                 damaged: Collection[int] = (), missing: Collection[int] = ()) -> None:
+    ``photons`` makes the source of photons for the detector's geometry; the default is protein
+    crystals under ``conditions``.
+    """
+
+    kind = "jungfrau"
+
+    def __init__(self, conditions: Conditions | Any, segments: int = 2, *, rate_Hz: float = 120.0,
+                 damaged: Collection[int] = (), missing: Collection[int] = (),
+                 photons: Callable[[Geometry], PhotonSource] | None = None) -> None:
         detector = detectors.detector("jungfrau")
         if segments not in detector.geometry:
             raise ConfigurationError(f"a Jungfrau of {segments} segments was asked for; it has "
@@ -72,7 +99,8 @@ class JungfrauRun:
         self.geometry_text = (resources.files(detectors) / "geometry"
                               / str(detector.geometry[segments])).read_text(encoding="utf-8")
         self.geometry = detectors.default_geometry(detector, segments)
-        self._run = SimulatedRun(conditions, self.geometry, calm=True)
+        self._run: PhotonSource = (SimulatedRun(conditions, self.geometry, calm=True)
+                                   if photons is None else photons(self.geometry))
         rng = np.random.default_rng([conditions.seed, conditions.run, 21])
         self.shape = self.geometry.shape
         stages = (3, *self.shape)
@@ -109,7 +137,7 @@ class JungfrauRun:
             yield RawEvent(number, timestamp(number, self.rate_Hz), raw, truth,
                            number in self.damaged)
 
-    def encode(self, photons_PSF: np.ndarray, truth: Truth, number: int) -> np.ndarray:
+    def encode(self, photons_PSF: np.ndarray, truth: Any, number: int) -> np.ndarray:
         """16-bit words of a photon frame: value in the low 14 bits, gain stage in the top 2."""
         c = self.conditions
         rng = np.random.default_rng([c.seed, c.run, number, 2])
@@ -142,6 +170,8 @@ class TruthFile:
     S/N >= 5), ``photon_energy_eV``, ``pulse_energy_mJ``, ``damaged``, ``missing``; the visible
     spots of event i are rows offsets[i] to offsets[i + 1] of ``spots/panel``, ``spots/fs``,
     ``spots/ss`` (pixel index, 0 = centre of the first pixel), ``spots/photons``, ``spots/d_A``.
+    Where the truth of an event has ``columns()``, those are written in place of all but the first
+    and the flags.
     """
 
     def __init__(self, path: Path) -> None:
@@ -160,14 +190,23 @@ class TruthFile:
             file["timestamp"] = np.array([e.timestamp for e in self._events], np.int64)
             file["damaged"] = np.array([e.damaged for e in self._events], bool)
             file["missing"] = np.array([e.raw_PSF is None for e in self._events], bool)
-            for name, dtype in (("is_hit", bool), ("n_lattices", np.int16),
-                                ("n_visible", np.int32), ("photon_energy_eV", np.float64),
-                                ("pulse_energy_mJ", np.float64)):
-                file[name] = np.array([getattr(t, name) for t in truths], dtype)
-            lengths = [len(t.fs_N) for t in truths]
-            file["spots/offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-            for name in ("panel", "fs", "ss", "photons", "d_A"):
-                column = [getattr(t, f"{name}_N") for t in truths]
-                file[f"spots/{name}"] = np.concatenate([np.zeros(0), *column]).astype(np.float32)
+            if truths and hasattr(truths[0], "columns"):
+                rows = [truth.columns() for truth in truths]
+                for name in rows[0]:
+                    file[name] = np.array([row[name] for row in rows])
+            else:
+                self._write_spots(file, truths)
         os.replace(fresh, self.path)
         return self.path
+
+    @staticmethod
+    def _write_spots(file: h5py.File, truths: list[Truth]) -> None:
+        for name, dtype in (("is_hit", bool), ("n_lattices", np.int16),
+                            ("n_visible", np.int32), ("photon_energy_eV", np.float64),
+                            ("pulse_energy_mJ", np.float64)):
+            file[name] = np.array([getattr(t, name) for t in truths], dtype)
+        lengths = [len(t.fs_N) for t in truths]
+        file["spots/offsets"] = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        for name in ("panel", "fs", "ss", "photons", "d_A"):
+            column = [getattr(t, f"{name}_N") for t in truths]
+            file[f"spots/{name}"] = np.concatenate([np.zeros(0), *column]).astype(np.float32)

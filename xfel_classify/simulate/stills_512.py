@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from . import stills_panels
 from .bragg import Spots, paint, predict
 from .crystal import random_rotation, rotation_about
 from .ewald import excited
@@ -103,6 +104,9 @@ def _visible(c: StillConditions, turn: np.ndarray, scale: float, level: np.ndarr
     x, y = sign[0] * spots.x_m_N, sign[1] * spots.y_m_N
     radius = np.hypot(x, y)
     inside = (x > 0) & (y > 0) & (x < reach) & (y < reach) & (radius > 1.3 * c.beam_stop_m)
+    if c.layout:            # on a panel, not in a gap
+        row, column = ((axis[inside] / c.pixel_size_m).astype(int) for axis in (y, x))
+        inside[inside] = _panels(c, sign)[row, column] >= 0
     return int((inside & _seen(c, spots.photons_N, radius, level)).sum())
 
 
@@ -162,16 +166,31 @@ def _polar(side: int) -> tuple[np.ndarray, np.ndarray]:
     return (2 * np.sqrt(radius2)).astype(np.int32), square[None, :] / radius2
 
 
-def _background(c: StillConditions) -> np.ndarray:
+def _background(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
     """Expected background of a quadrant as the beam sees it: row along |y|, column along |x|."""
     side = SIDE_PX * c.pool
-    index, horizontal = _polar(side)
     level = _profile(c)
+    if any(c.tilt_deg):
+        index, horizontal = _tilted_polar(c, sign, len(level) - 1)
+    else:
+        index, horizontal = _polar(side)
     radius = (np.arange(len(level)) + 0.5) * 0.5 * c.pixel_size_m
     sine2 = radius ** 2 / (radius ** 2 + c.distance_m ** 2)
     expected = np.take(level.astype(np.float32), index)
     expected -= np.take((level * sine2).astype(np.float32), index) * horizontal     # polarised
     return expected
+
+
+def _tilted_polar(c: StillConditions, sign: tuple[int, int],
+                  last: int) -> tuple[np.ndarray, np.ndarray]:
+    """As :func:`_polar`, of the place that an upright detector would have for each pixel."""
+    step = (np.arange(SIDE_PX * c.pool, dtype=np.float32) + np.float32(0.5)) * np.float32(
+        c.pixel_size_m)
+    x, y = stills_panels.seen_from(c.tilt_deg, c.distance_m, sign[0] * step[None, :],
+                                   sign[1] * step[:, None])
+    radius2 = x * x + y * y
+    index = (2 * np.sqrt(radius2) / c.pixel_size_m).astype(np.int32)
+    return np.minimum(index, last), (x * x / radius2).astype(np.float32)
 
 
 def _grains(c: StillConditions, rng: np.random.Generator) -> Spots:
@@ -199,23 +218,31 @@ def _quadrant(c: StillConditions, quadrant: str, lattices: list[np.ndarray],
     rng = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, ord(quadrant), *code])
     shared = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *code])
     p, side = c.pixel_size_m, SIDE_PX * c.pool
-    expected = _background(c)
+    expected = _background(c, sign)
     along = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(p / 0.1)
     expected *= np.maximum(1 + c.slope[0] * sign[0] * along[None, :]
                            + c.slope[1] * sign[1] * along[:, None], np.float32(0.1))
     spots = Spots.join([*(_spots(c, turn, scale, quadrant) for turn in lattices),
                         _grains(c, shared)])
-    x = sign[0] * (spots.x_m_N / p + c.center_jitter_px[0])
-    y = sign[1] * (spots.y_m_N / p + c.center_jitter_px[1])
+    x, y = spots.x_m_N, spots.y_m_N
+    if any(c.tilt_deg):
+        x, y = stills_panels.on_tilted(c.tilt_deg, c.distance_m, x, y)
+    x = sign[0] * (x / p + c.center_jitter_px[0])
+    y = sign[1] * (y / p + c.center_jitter_px[1])
     near = (x > -12) & (x < side + 12) & (y > -12) & (y < side + 12)
     spots, x, y = spots.take(near), x[near], y[near]
     _paint(c, expected, spots, x, y)
+    if c.streak_photons:
+        jet = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *code, 2])
+        expected += stills_panels.streak(jet, c.streak_photons, sign, side)
     good = _good(c, quadrant)
     if c.shadow < 1:
         _cast_shadow(c, shared, sign, expected, good)
     seen = int((_seen(c, spots.photons_N, np.hypot(x, y) * p, _profile(c)) & (x > 0) & (y > 0)
                 & (x < c.reach * side) & (y < c.reach * side)).sum())
     photons = _detect(c, quadrant, rng, expected)
+    if c.layout:
+        _differ_by_panel(c, sign, photons)
     photons[~good] = 0
     turned = (slice(None, None, -sign[1]), slice(None, None, sign[0]))
     return np.ascontiguousarray(photons[turned]), np.ascontiguousarray(good[turned]), seen
@@ -244,17 +271,7 @@ def _good(c: StillConditions, quadrant: str) -> np.ndarray:
     """Pixels that exist and work, in the beam's view; the same for all events of a run."""
     side = SIDE_PX * c.pool
     sign = _SIGNS[quadrant]
-    one = DETECTORS[c.detector]
-    rng = np.random.default_rng([c.seed, c.run, _DETECTOR])
-    good = np.ones((side, side), bool)
-    for axis in (0, 1):
-        period = one.panel_px[axis] + one.gap_px[axis]
-        offset = int(rng.integers(period))
-        # pixel numbers of the whole detector, 0 just beyond the beam towards +x or -y
-        number = np.arange(side) if (sign[0] > 0 if axis else sign[1] < 0) \
-            else -1 - np.arange(side)
-        gap = (number + offset) % period < one.gap_px[axis]
-        good &= ~(gap[None, :] if axis else gap[:, None])
+    good = _panels(c, sign) >= 0 if c.layout else _between_gaps(c, sign)
     reach = int(c.reach * side)
     good[reach:], good[:, reach:] = False, False
     own = np.random.default_rng([c.seed, c.run, _DETECTOR, ord(quadrant)])
@@ -265,6 +282,42 @@ def _good(c: StillConditions, quadrant: str) -> np.ndarray:
     corner = index[:stop, :stop]
     good[:stop, :stop] &= corner >= 2 * c.beam_stop_m / c.pixel_size_m
     return good
+
+
+def _between_gaps(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
+    """False in the straight gaps of a mosaic of equal panels."""
+    side, one = SIDE_PX * c.pool, DETECTORS[c.detector]
+    rng = np.random.default_rng([c.seed, c.run, _DETECTOR])
+    good = np.ones((side, side), bool)
+    for axis in (0, 1):
+        period = one.panel_px[axis] + one.gap_px[axis]
+        offset = int(rng.integers(period))
+        # pixel numbers of the whole detector, 0 just beyond the beam towards +x or -y
+        number = np.arange(side) if (sign[0] > 0 if axis else sign[1] < 0) \
+            else -1 - np.arange(side)
+        gap = (number + offset) % period < one.gap_px[axis]
+        good &= ~(gap[None, :] if axis else gap[:, None])
+    return good
+
+
+def _panels(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
+    """Number of the panel under each pixel, -1 = none."""
+    return stills_panels.panel_map(c.layout, sign, SIDE_PX * c.pool, c.layout_shift_m)
+
+
+def _differ_by_panel(c: StillConditions, sign: tuple[int, int], photons: np.ndarray) -> None:
+    """Gain errors and common mode of whole panels, and the largest value; in place."""
+    panels = _panels(c, sign)
+    count = int(panels.max(initial=-1)) + 2         # the last: no panel
+    gains = np.random.default_rng([c.seed, c.run, _DETECTOR, 3])
+    event = np.random.default_rng([c.seed, c.run, c.event, _DETECTOR, 4])
+    # drawn for more panels than a quadrant has, so that all quadrants see the same
+    gain = (1 + c.panel_gain * gains.standard_normal(512)).astype(np.float32)
+    common = (c.common_mode_photons * event.standard_normal(512)).astype(np.float32)
+    photons *= np.append(gain[:count - 1], np.float32(1))[panels]
+    photons += np.append(common[:count - 1], np.float32(0))[panels]
+    if c.saturation_photons:
+        np.minimum(photons, np.float32(c.saturation_photons), out=photons)
 
 
 def _cast_shadow(c: StillConditions, rng: np.random.Generator, sign: tuple[int, int],

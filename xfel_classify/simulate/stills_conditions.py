@@ -15,6 +15,7 @@ import numpy as np
 from ..core import ConfigurationError
 from .bragg import HC_EV_A
 from .crystal import Crystal, draw_crystal, volume_A3
+from .stills_panels import LAYOUTS, layout_geometry, layout_pools
 
 __all__ = ["DETECTORS", "GEOMETRY", "QUADRANTS", "SIDE_PX", "STILL_PRESETS", "StillConditions",
            "StillPreset", "draw_still", "label_B_A2", "modern_d_A"]
@@ -36,6 +37,7 @@ class StillPreset:
     misset: str
     multiple: float                 # share of shots with two or three lattices
     pools: tuple[int, ...] = (1, 2, 4)
+    panels: bool = False            # of real geometries, tilted, with faults of their own
 
 
 STILL_PRESETS = {
@@ -49,6 +51,10 @@ STILL_PRESETS = {
     "uniform_f12": StillPreset("uniform", 0.5, (1, 2)),
     "gaussian_f12": StillPreset("gaussian", 0.5, (1, 2)),
     "resolution_f12": StillPreset("uniform", 0.1, (1, 2)),
+    # new ones come last: a preset's place in this table is part of its random numbers
+    "uniform_panels": StillPreset("uniform", 0.5, (1, 2), panels=True),
+    "gaussian_panels": StillPreset("gaussian", 0.5, (1, 2), panels=True),
+    "resolution_panels": StillPreset("uniform", 0.1, (1, 2), panels=True),
 }
 
 
@@ -109,6 +115,14 @@ class StillConditions:
     hot_pixels: int
     dead_fraction: float
     stray_fraction: float           # salt-and-pepper pixels
+    # of presets with panels; 0 and "" leave a still as it is without them
+    layout: str = ""                # panels: see stills_panels
+    layout_shift_m: tuple[float, float] = (0.0, 0.0)    # of the detector against the beam
+    tilt_deg: tuple[float, float] = (0.0, 0.0)          # of the detector about x and y
+    panel_gain: float = 0.0         # relative error, per panel
+    common_mode_photons: float = 0.0                    # per panel and event
+    streak_photons: float = 0.0     # of the jet's streak at the beam; 0 = none
+    saturation_photons: float = 0.0                     # a pixel's largest value; 0 = no limit
 
     @property
     def wavelength_A(self) -> float:
@@ -171,8 +185,13 @@ def _missettings(rng: np.random.Generator, preset: StillPreset,
             return tuple(float(v) for v in angles), sigma
 
 
-def draw_still(seed: int, run: int, event: int, preset: str = "resolution") -> StillConditions:
-    """Conditions of event ``event`` of run ``run`` of the data set ``seed``."""
+def draw_still(seed: int, run: int, event: int, preset: str = "resolution",
+               layout: str = "") -> StillConditions:
+    """Conditions of event ``event`` of run ``run`` of the data set ``seed``.
+
+    ``layout`` lays the panels of a geometry (see :mod:`.stills_panels`) under the still; presets
+    with panels draw one of the package's when it is "".
+    """
     if preset not in STILL_PRESETS:
         raise ConfigurationError(f"no still preset is called {preset!r}; known: "
                                  f"{', '.join(STILL_PRESETS)}")
@@ -183,6 +202,11 @@ def draw_still(seed: int, run: int, event: int, preset: str = "resolution") -> S
     names = [name for name, one in DETECTORS.items() if pool in one.pools]
     detector = names[int(rng.integers(len(names)))]
     pixel = DETECTORS[detector].pixel_size_m
+    panels: dict[str, Any] = {}
+    if chosen.panels or layout:
+        layout, pool, panels = _draw_panels(
+            np.random.default_rng([seed, run, code, _RUN, 2]), layout, chosen.pools)
+        detector, pixel = layout, layout_geometry(layout).pixel_size_m
     half = SIDE_PX * pool * pixel
     reach = 1.0 if rng.random() < 0.6 else float(rng.uniform(0.75, 1.0))
     gain_noise, read_noise = float(rng.uniform(0.0, 0.03)), float(rng.uniform(0.0, 0.15))
@@ -206,6 +230,10 @@ def draw_still(seed: int, run: int, event: int, preset: str = "resolution") -> S
     angles, sigma = _missettings(rng, chosen, lattices - 1)
     shares = rng.dirichlet((1.2, 0.8, 0.5, 0.4))
     shares = shares / shares.max()
+    if panels:
+        jet = np.random.default_rng([seed, run, code, event, _EVENT, 2])
+        panels["streak_photons"] = _log_uniform(jet, 1, 100) if jet.random() < 0.15 else 0.0
+        reach = 1.0
     return StillConditions(
         seed=seed, run=run, event=event, preset=preset, detector=detector, crystal=crystal,
         photon_energy_eV=energy, distance_m=distance, pixel_size_m=pixel, pool=pool,
@@ -223,7 +251,23 @@ def draw_still(seed: int, run: int, event: int, preset: str = "resolution") -> S
         shadow=float(rng.choice([0.0, rng.uniform(0.0, 0.5)])) if rng.random() < 0.15 else 1.0,
         center_jitter_px=(float(rng.normal(0, 0.7)), float(rng.normal(0, 0.7))), reach=reach,
         gain_noise=gain_noise, read_noise_photons=read_noise, hot_pixels=int(rng.integers(0, 6)),
-        dead_fraction=dead, stray_fraction=_log_uniform(rng, 1e-6, 1e-4))
+        dead_fraction=dead, stray_fraction=_log_uniform(rng, 1e-6, 1e-4), **panels)
+
+
+def _draw_panels(rng: np.random.Generator, layout: str,
+                 pools: tuple[int, ...]) -> tuple[str, int, dict[str, Any]]:
+    """(layout, pooling, what the run's panels add to its conditions)."""
+    layout = layout or LAYOUTS[int(rng.integers(len(LAYOUTS)))]
+    fitting = [pool for pool in layout_pools(layout) if pool in pools] or list(
+        layout_pools(layout)[:1])
+    pool = fitting[int(rng.integers(len(fitting)))]
+    return layout, pool, {
+        "layout": layout,
+        "layout_shift_m": (float(rng.uniform(-3e-3, 3e-3)), float(rng.uniform(-3e-3, 3e-3))),
+        "tilt_deg": (float(rng.uniform(-3, 3)), float(rng.uniform(-3, 3))),
+        "panel_gain": float(rng.uniform(0, 0.04)),
+        "common_mode_photons": float(rng.uniform(0, 0.1)),
+        "saturation_photons": _log_uniform(rng, 2e3, 5e4)}
 
 
 def _shares(count: int) -> list[float]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from ..core import ConfigurationError, MissingDependency
 from ..detectors import save_constants
-from .raw_runs import START_S, JungfrauRun, RunFiles, TruthFile
+from .raw_runs import START_S, RawRun, RunFiles, TruthFile
 
 __all__ = ["write_xtc2_run"]
 
@@ -135,7 +135,7 @@ class _Stream:
         self.small.close()
 
 
-def write_xtc2_run(directory: Path | str, run: JungfrauRun, events: int, *, exp: str,
+def write_xtc2_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
                    streams: int = 1, steps: int = 1,
                    progress: Callable[[int], None] = lambda done: None) -> RunFiles:
     """Write the run into ``directory`` (the experiment's xtc directory) for psana2 to read.
@@ -150,6 +150,9 @@ def write_xtc2_run(directory: Path | str, run: JungfrauRun, events: int, *, exp:
         raise MissingDependency(f"xtc2 files are written with psana2, which cannot be imported "
                                 f"({error}); pip install 'xfel-classify[psana]', or write HDF5 "
                                 "files instead") from error
+    if run.kind != "jungfrau":
+        raise ConfigurationError(f"an xtc2 run of detector {run.kind!r} was asked for; psana2 has "
+                                 "no reader for it; simulate a jungfrau, or write HDF5 files")
     if not 1 <= streams <= run.segments:
         raise ConfigurationError(f"{streams} streams were asked for {run.segments} segments; "
                                  "give 1 to as many as there are segments")

@@ -1,0 +1,102 @@
+"""Adapt a model to labelled frames of a run of yours; says what that gained on frames held back.
+
+Frames are given as to run: files, a run number, or a summary (then its run is read again).  They
+are divided in blocks of neighbouring events: 60 % to learn from, 15 % to choose the epoch, 25 %
+held back.
+"""
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..core import ConfigurationError
+from .train import require_learn
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="model name or directory to start from")
+    parser.add_argument("frames", nargs="+", metavar="FRAMES",
+                        help="run number, HDF5/CXI/NeXus/image files or globs, or the summary of "
+                             "the run")
+    parser.add_argument("--labels", required=True, metavar="FILE", type=Path,
+                        help="which events are hits: a file of label, an expert's list, a summary "
+                             "(by its peak counts), or a *-truth.h5")
+    parser.add_argument("-o", "--output", required=True, metavar="DIR", type=Path,
+                        help="model directory to write; give it to run with --model")
+    parser.add_argument("--name", default="", help="of the new model (default: MODEL-EXP-rRUN)")
+    parser.add_argument("--column", default="peaks/n",
+                        help="column of a summary to label by (default: peaks/n)")
+    parser.add_argument("--file", default="", metavar="NAME",
+                        help="image file of an expert's list that labels several")
+    for key, text in (("exp", "experiment name"), ("dir", "directory of the run's xtc2 files"),
+                      ("detector", "detector name in the run, its kind for files, or 'assembled'"),
+                      ("constants", "HDF5 file with calibration constants"),
+                      ("geometry", "psana .data or CrystFEL .geom file"),
+                      ("mask", "mask, 1 = good: .npy, .npz or file.h5:/dataset"),
+                      ("config", "TOML configuration, or a summary whose configuration to use")):
+        parser.add_argument(f"--{key}", help=text)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
+                        help="override the configuration, e.g. source.distance_m=0.15")
+    parser.add_argument("--max-frames", type=int, default=3000, metavar="N",
+                        help="labelled frames to use, evenly spread (default: 3000)")
+    parser.add_argument("--epochs", type=int, default=16, help="at most (default: 16)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R",
+                        help="default: 0.001")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of parts and order")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
+
+
+def execute(args: argparse.Namespace) -> int:
+    require_learn()
+    from ..config import build
+    from ..engines import find_model
+    from ..learn.finetuning import Settings, finetune, require_free, require_hit_model
+    from ..learn.labelled_frames import read_labelled
+    from ..learn.labels import read_labels
+
+    if args.max_frames < 1:
+        raise ConfigurationError(f"--max-frames {args.max_frames}: give at least 1")
+    settings = Settings(epochs=args.epochs, learning_rate=args.learning_rate, seed=args.seed,
+                        threads=args.threads)
+    base = find_model(args.model)
+    require_hit_model(base)
+    require_free(args.output, args.overwrite)
+    labels = read_labels(args.labels, column=args.column, file=args.file)
+    print(labels.describe())
+    with build("sources", source_of(args)) as source:
+        frames = read_labelled(source, labels, base, args.max_frames)
+    print(frames.describe(), flush=True)
+    done = finetune(base, frames, labels, args.output, name=args.name, settings=settings,
+                    overwrite=args.overwrite, command=shlex.join(["xfel-classify", *sys.argv[1:]]),
+                    report=lambda line: print(line, flush=True))
+    print(f"\n{done}")
+    if labels.kind in ("peak counts", "answers"):
+        print("The labels are another method's answers: this is agreement with it, not truth.")
+    print(f"wrote {done.model.name} {done.model.sha256[:12]}: xfel-classify run RUN --model "
+          f"{done.model.directory}")
+    return 0
+
+
+def source_of(args: argparse.Namespace) -> dict[str, Any]:
+    """The source table that ``run`` would make of the same arguments; a summary names its own."""
+    import h5py
+
+    from ..config import load, resolve
+    from .run import tables_of
+
+    first = Path(args.frames[0])
+    frames, config = args.frames, args.config
+    if len(args.frames) == 1 and first.is_file() and h5py.is_hdf5(first):
+        with h5py.File(first) as file:
+            if file.attrs.get("format") == "xfel_classify summary":
+                config = config or str(first)
+                source = load(config).get("source", {})
+                frames = source.get("files") or [str(source.get("run", ""))]
+    as_run = argparse.Namespace(**vars(args) | {
+        "run": frames, "config": config, "model": ["none"], "peaks": "none", "peaks_on": None,
+        "backend": None, "batch": None, "max_events": None, "cxi_link": False})
+    return resolve(tables_of(as_run)).source
