@@ -215,6 +215,13 @@ def test_an_empty_run(tmp_path):
         "0", "complete", "0", "0"]
 
 
+def test_a_single_remark_of_a_run_stands_whole_on_the_page(tmp_path):
+    summary, truth = made_run(tmp_path)
+    with h5py.File(summary, "r+") as file:
+        file.attrs["notes"] = "no photon energy was stated"
+    assert "no photon energy was stated" in page_of(tmp_path, summary, "--labels", truth).text
+
+
 def test_a_run_without_usable_events_or_answers(tmp_path):
     summary, truth = made_run(tmp_path, events=3)
     with h5py.File(summary, "r+") as file:

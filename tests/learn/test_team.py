@@ -26,17 +26,20 @@ def launched(what, place, text):
              "XFEL_CLASSIFY_CACHE": str(place / "cache")})
 
 
+# Exit codes are not looked at: once in some thirty starts torch aborts a process while it takes its
+# threads down, after everything is done.
+
 def test_averaged_gradients_are_those_of_the_whole_batch(tmp_path):
     done = launched("gradients", tmp_path / "two", RECIPE)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("all as expected") == 2, done.stderr[-3000:]
 
 
 def test_two_processes_train_one_network(tmp_path):
     done = launched("train", tmp_path / "two", RECIPE)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("in 2 processes") == 1             # the first one speaks
+    assert done.stdout.count("in 2 processes") == 1, done.stderr[-3000:]    # the first one speaks
+    assert (tmp_path / "two" / "out" / "validation.npz").exists()
     history = json.loads((tmp_path / "two" / "out" / "history.json").read_text())
-    assert history[-1]["loss"] < history[0]["loss"]
+    assert len(history) == 2 and history[-1]["loss"] < history[0]["loss"]
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

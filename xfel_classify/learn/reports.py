@@ -192,7 +192,8 @@ def _notices(runs: Sequence[ReportRun]) -> Iterator[Markup]:
         if not run.answers:
             yield notice(f"{run.stem} was asked neither a model nor a peak finder: there are no "
                          "hits and misses to show.")
-        for remark in run.attributes.get("notes") or ():
+        remarks = run.attributes.get("notes") or ()
+        for remark in [remarks] if isinstance(remarks, str) else remarks:
             yield notice(f"{run.stem}: {remark}")
     if not any(run.labels for run in runs):
         yield tag("p", "No labels were given, so nothing here says how many answers are right. "

@@ -101,5 +101,6 @@ def join_team(device: torch.device) -> Iterator[Team]:
                                          timeout=PATIENCE)
     try:
         yield team
+        team.wait()                 # nobody leaves while others still talk to them
     finally:
         torch.distributed.destroy_process_group()
