@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..core import ConfigurationError
+from .finetune import add_source_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,15 +66,7 @@ def add_frames(parser: argparse.ArgumentParser) -> None:
                         help="elements along the longer side of a small picture (default: 64)")
     parser.add_argument("--reach", type=float, default=0.0, metavar="PX",
                         help="leave out pixels further from the beam (default: none)")
-    for key, text in (("exp", "experiment name"), ("dir", "directory of the run's xtc2 files"),
-                      ("detector", "detector name in the run, its kind for files, or 'assembled'"),
-                      ("constants", "HDF5 file with calibration constants"),
-                      ("geometry", "psana .data or CrystFEL .geom file"),
-                      ("mask", "mask, 1 = good: .npy, .npz or file.h5:/dataset"),
-                      ("config", "TOML configuration, or a summary whose configuration to use")):
-        parser.add_argument(f"--{key}", help=text)
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
-                        help="override the configuration, e.g. source.distance_m=0.15")
+    add_source_arguments(parser)
     parser.add_argument("--threads", type=int, default=1, metavar="N",
                         help="of matrix products (default: 1)")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier output")

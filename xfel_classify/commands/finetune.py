@@ -31,6 +31,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help="column of a summary to label by (default: peaks/n)")
     parser.add_argument("--file", default="", metavar="NAME",
                         help="image file of an expert's list that labels several")
+    add_source_arguments(parser)
+    parser.add_argument("--max-frames", type=int, default=3000, metavar="N",
+                        help="labelled frames to use, evenly spread (default: 3000)")
+    parser.add_argument("--epochs", type=int, default=16, help="at most (default: 16)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R",
+                        help="default: 0.001")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of parts and order")
+    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
+
+
+def add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    """What :func:`source_of` needs to find and read the frames of a run."""
     for key, text in (("exp", "experiment name"), ("dir", "directory of the run's xtc2 files"),
                       ("detector", "detector name in the run, its kind for files, or 'assembled'"),
                       ("constants", "HDF5 file with calibration constants"),
@@ -40,14 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{key}", help=text)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE",
                         help="override the configuration, e.g. source.distance_m=0.15")
-    parser.add_argument("--max-frames", type=int, default=3000, metavar="N",
-                        help="labelled frames to use, evenly spread (default: 3000)")
-    parser.add_argument("--epochs", type=int, default=16, help="at most (default: 16)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="R",
-                        help="default: 0.001")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of parts and order")
-    parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing model")
 
 
 def execute(args: argparse.Namespace) -> int:
