@@ -45,11 +45,25 @@ def test_errors_say_what_to_do(tmp_path):
                           str(tmp_path / "few.safetensors"))
     with pytest.raises(ConfigurationError, match="of the same depth"):
         start_from(network, tmp_path / "few.safetensors")
-    with pytest.raises(ConfigurationError, match="leave the key out"):
+    with pytest.raises(ConfigurationError, match=r"this network \(sfx_hit\).*leave the key out"):
         start_from(build_network("sfx_hit"), tmp_path / "few.safetensors")
 
 
-def test_a_recipe_names_the_file_relative_to_itself(toy_recipe, tmp_path):
-    toy_recipe.write_text('pretrained = "mine.safetensors"\n' + toy_recipe.read_text())
-    with pytest.raises(ConfigurationError, match="its network .sfx_hit. takes none"):
-        train(toy_recipe, tmp_path / "out")
+def test_a_training_goes_on_from_an_earlier_one(toy_recipe, tmp_path):
+    """The file is named relative to the recipe; what was learnt is there at the start."""
+    earlier = train(toy_recipe, tmp_path / "earlier")
+    (tmp_path / "earlier" / "best.safetensors").rename(toy_recipe.parent / "mine.safetensors")
+    text = toy_recipe.read_text()
+    toy_recipe.write_text('pretrained = "mine.safetensors"\n' + text)
+    lines: list[str] = []
+    train(toy_recipe, tmp_path / "further", report=lines.append)
+    assert any("started from mine.safetensors: all" in line for line in lines)
+
+    network = build_network("sfx_hit", **earlier.recipe.network)
+    start_from(network, toy_recipe.parent / "mine.safetensors")
+    for name, value in earlier.network.state_dict().items():
+        torch.testing.assert_close(network.state_dict()[name], value)
+
+    toy_recipe.write_text('pretrained = "nowhere.safetensors"\n' + text)
+    with pytest.raises(ConfigurationError, match="relative to the recipe"):
+        train(toy_recipe, tmp_path / "nothing")

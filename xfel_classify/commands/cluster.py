@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from ..core import ConfigurationError
-from .finetune import add_source_arguments
+from ._source_arguments import add_source_arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -76,7 +76,7 @@ def execute(args: argparse.Namespace) -> int:
     from ..config import build
     from ..learn.clusters import FORMAT, ClusterSettings, cluster_run, read_map, write_clustering
     from ..learn.event_selections import labels_of
-    from .finetune import source_of
+    from ._source_arguments import source_of
 
     names = tuple(args.names.split(","))
     if len(names) != 2 or not all(name.isidentifier() for name in names) or names[0] == names[1]:

@@ -78,7 +78,7 @@ def execute(args: argparse.Namespace) -> int:
     from ..learn.event_selections import labels_of
     from ..learn.selection_table import judged, markdown
     from ..learn.small_frames import read_small
-    from .finetune import source_of
+    from ._source_arguments import source_of
 
     settings = EmSettings(
         classes=args.classes_per_run, rotations=args.rotations, iterations=args.iterations,

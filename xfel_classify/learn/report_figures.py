@@ -150,7 +150,7 @@ def score_histogram(score_N: np.ndarray, truth_N: np.ndarray, name: str, cut: fl
                           label=f"{text} ({len(chosen_N)})")
         if cut is not None:
             axes.axvline(np.log10(1 + cut) if counts else cut, color=BLACK, ls="--", lw=1.2,
-                         label=f"called a hit from {cut:.4g}")
+                         label=f"smallest called a hit: {cut:.4g}")
         if counts:
             _count_ticks(axes, top)
         axes.set(yscale="log", xlabel=_plain(name) + (" + 1" if counts else ""), ylabel="events",
