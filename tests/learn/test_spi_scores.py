@@ -55,7 +55,7 @@ def test_calibration_error_is_the_gap_between_stated_and_true():
 
 @pytest.fixture
 def recipe():
-    return read_recipe(shipped_directory() / "spi-multi" / "recipe.toml")
+    return read_recipe(shipped_directory() / "spi-multi" / "recipe_small.toml")
 
 
 def labels(count, particle):

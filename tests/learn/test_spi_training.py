@@ -94,7 +94,7 @@ def small_recipe(path, monkeypatch, cache):
     monkeypatch.setattr(spi_images, "simulate_spi", fake_image)
     monkeypatch.setattr(spi_images, "spi_labels", fake_labels)
     monkeypatch.setattr(spi_conditions, "_radius_A", lambda source: 80.0)
-    text = (shipped_directory() / "spi-multi" / "recipe.toml").read_text()
+    text = (shipped_directory() / "spi-multi" / "recipe_small.toml").read_text()
     for old, new in (("layers = 10", "layers = 3"), ("runs = 70", "runs = 3"),
                      ("runs = 10", "runs = 1"), ("runs = 20", "runs = 2"),
                      ("runs = 12", "runs = 1"), ("batch = 128", "batch = 32"),
@@ -392,7 +392,7 @@ def test_rows_of_the_published_tables_build_their_networks(recipe):
 
     expected = {"ResNet-18": 11_177_999, "VGG-16": 15_089_871, "10 layers, branch early": 298_631,
                 "10 layers, late and weighted": 164_967, "18 layers": 204_167}
-    tables = tomllib.loads((shipped_directory() / "spi-multi" / "recipe.toml").read_text())
+    tables = tomllib.loads((shipped_directory() / "spi-multi" / "recipe_small.toml").read_text())
     seen = set()
     for table in ("1", "2"):
         for row in tables_of("spi-multi")[table].rows:
@@ -419,8 +419,8 @@ def test_what_cannot_be_reproduced_is_said(tmp_path):
             reproduce("spi-multi", out=tmp_path, **arguments)
 
 
-@pytest.mark.parametrize(("name", "images"), [("recipe.toml", (5390, 770, 1540)),
-                                              ("recipe_full.toml", (53_900, 7700, 15_400))])
+@pytest.mark.parametrize(("name", "images"), [("recipe_small.toml", (5390, 770, 1540)),
+                                              ("recipe.toml", (53_900, 7700, 15_400))])
 def test_recipes_in_the_tree_are_the_studys(name, images):
     recipe = read_recipe(shipped_directory() / "spi-multi" / name)
     assert tuple(sum(map(len, shards_of(recipe, split)))

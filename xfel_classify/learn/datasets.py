@@ -15,7 +15,6 @@ import functools
 import logging
 import multiprocessing
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -26,10 +25,10 @@ import h5py
 import numpy as np
 
 from ..core import ConfigurationError, Window
+from ..simulate.cache import cache_directory
 from .recipes import Augment, RunKey
 
-__all__ = ["GENERATORS", "CachedRun", "ImageSet", "augment", "cache_directory", "open_runs",
-           "quantise", "simulate"]
+__all__ = ["GENERATORS", "CachedRun", "ImageSet", "augment", "open_runs", "quantise", "simulate"]
 
 log = logging.getLogger(__name__)
 
@@ -111,14 +110,6 @@ def normalised(images_NHW: np.ndarray, window: Window) -> np.ndarray:
 
 
 # --- cache --------------------------------------------------------------------------------------
-
-def cache_directory() -> Path:
-    """``$XFEL_CLASSIFY_CACHE``, else a folder of the user's in the temporary directory."""
-    named = os.environ.get("XFEL_CLASSIFY_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(tempfile.gettempdir()) / f"xfel_classify_cache_{os.getuid()}"
-
 
 def _write_run(run: RunKey, path: Path) -> str:
     """Simulate a run into ``path``; visible under that name only when complete."""

@@ -20,7 +20,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from .datasets import cache_directory
+from ..simulate.cache import cache_directory
 
 __all__ = ["Shard", "ShardSet", "cached"]
 

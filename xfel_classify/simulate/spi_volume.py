@@ -18,7 +18,6 @@ import functools
 import hashlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import numpy as np
 
 from ..core import ConfigurationError
 from ..native import ewald_slice
+from .cache import cache_directory
 from .spi_particles import Particle
 
 __all__ = ["PAPER_MESH", "PAPER_VOXEL", "amplitudes_direct", "form_factor", "mesh_for",
@@ -220,11 +220,8 @@ def _grown(mask: np.ndarray, times: int) -> np.ndarray:
 # --- the cache ------------------------------------------------------------------------------------
 
 def volume_directory() -> Path:
-    """``spi_volumes`` in ``$XFEL_CLASSIFY_CACHE``, else in the user's temporary folder."""
-    named = os.environ.get("XFEL_CLASSIFY_CACHE")
-    base = (Path(named).expanduser() if named else
-            Path(tempfile.gettempdir()) / f"xfel_classify_cache_{os.getuid()}")
-    return base / "spi_volumes"
+    """``spi_volumes`` in the cache directory."""
+    return cache_directory() / "spi_volumes"
 
 
 def cached_volume(name: str, key: str, mesh: int, make: Callable[[], np.ndarray]) -> np.ndarray:

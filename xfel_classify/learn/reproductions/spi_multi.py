@@ -122,7 +122,7 @@ def _ours(outcome: Outcome, name: str) -> np.ndarray:
 
 def _recipes() -> dict[str, Path]:
     folder = shipped_directory() / "spi-multi"
-    return {"small": folder / "recipe.toml", "full": folder / "recipe_full.toml"}
+    return {"small": folder / "recipe_small.toml", "full": folder / "recipe.toml"}
 
 
 TABLES = {
