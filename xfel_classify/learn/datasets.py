@@ -10,7 +10,6 @@ Axes: N images of a run, B images of a batch, H row, W column.
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import multiprocessing
@@ -38,22 +37,12 @@ BLOCK = 32
 Generator = Callable[[RunKey, range], tuple[np.ndarray, np.ndarray]]
 
 
-LAYOUT_SHARE = 0.6
-"""Share of the runs that are seen through the panels of a detector the package knows."""
-
-
 @functools.lru_cache(maxsize=2)
 def _sfx_run(preset: str, seed: int, run: int) -> Any:
-    from ..simulate.sfx import SimulatedRun, draw_conditions, window_geometry
-    from .layouts import draw_gaps
+    from ..simulate.conditions import draw_conditions
+    from .layouts import run_behind_panels
 
-    conditions = draw_conditions(seed, run, preset)
-    geometry = window_geometry(conditions)
-    rng = np.random.default_rng([seed, run, 31])
-    gaps_HW = draw_gaps(rng) if rng.random() < LAYOUT_SHARE else None
-    if gaps_HW is not None:
-        geometry = dataclasses.replace(geometry, bad_PSF=gaps_HW[None])
-    return SimulatedRun(conditions, geometry)
+    return run_behind_panels(draw_conditions(seed, run, preset), seed, run)
 
 
 def _sfx(run: RunKey, events: range) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,9 @@ Axes: H window row, W window column.
 """
 from __future__ import annotations
 
+import dataclasses
 import functools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,11 +19,18 @@ from ..detectors import default_geometry, detector
 from ..detectors.constants import uncalibrated_constants
 from ..preprocess import plan_render
 
-__all__ = ["LAYOUTS", "draw_gaps", "layout_gaps"]
+if TYPE_CHECKING:
+    from ..simulate.conditions import Conditions
+    from ..simulate.sfx import SimulatedRun
+
+__all__ = ["LAYOUTS", "draw_gaps", "layout_gaps", "run_behind_panels"]
 
 LAYOUTS = (("jungfrau", 1), ("jungfrau", 2), ("jungfrau", 8), ("jungfrau", 8), ("epix10ka", 4),
            ("epix10ka", 16), ("cspad", 32), ("cspad", 32), ("pnccd", 4))
 """(detector, panels), as often as it is to be drawn."""
+
+LAYOUT_SHARE = 0.6
+"""Share of the runs that are seen through the panels of a detector the package knows."""
 
 REACH_PX = 30
 """The beam is up to so many pixels from its place, along both axes."""
@@ -50,3 +59,18 @@ def draw_gaps(rng: np.random.Generator, size: int = 350) -> np.ndarray | None:
     if rng.random() < 0.5:
         gaps_HW = gaps_HW[:, ::-1]
     return np.ascontiguousarray(gaps_HW) if gaps_HW.mean() <= MOST_MISSING else None
+
+
+def run_behind_panels(conditions: Conditions, seed: int, run: int) -> SimulatedRun:
+    """A run of crops about the beam, behind the panels of a detector or behind straight gaps.
+
+    Which of them is drawn from ``seed`` and ``run``.
+    """
+    from ..simulate.sfx import SimulatedRun, window_geometry
+
+    geometry = window_geometry(conditions)
+    rng = np.random.default_rng([seed, run, 31])
+    gaps_HW = draw_gaps(rng) if rng.random() < LAYOUT_SHARE else None
+    if gaps_HW is not None:
+        geometry = dataclasses.replace(geometry, bad_PSF=gaps_HW[None])
+    return SimulatedRun(conditions, geometry)

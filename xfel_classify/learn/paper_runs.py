@@ -9,7 +9,6 @@ Images are simulated and judged block by block and never stored.  Axes: N events
 """
 from __future__ import annotations
 
-import dataclasses
 import functools
 import logging
 import math
@@ -23,10 +22,10 @@ import numpy as np
 from ..core import ConfigurationError
 from ..engines import Model, find_model, open_engine
 from ..simulate.conditions import PAPER_RUNS, Conditions, PaperRun, draw_conditions
-from ..simulate.sfx import LEAST_IN_WINDOW, SimulatedRun, window_geometry
-from .datasets import BLOCK, LAYOUT_SHARE, SPARE, normalised, quantise
+from ..simulate.sfx import LEAST_IN_WINDOW, SimulatedRun
+from .datasets import BLOCK, SPARE, normalised, quantise
 from .evaluation import Evaluation, RunScore, score_run
-from .layouts import draw_gaps
+from .layouts import run_behind_panels
 from .published import PAPER
 
 __all__ = ["PAPER_SEED", "evaluate_paper_runs", "paper_conditions", "paper_table"]
@@ -47,14 +46,7 @@ def paper_conditions(run: PaperRun, seed: int = PAPER_SEED) -> Conditions:
 
 @functools.lru_cache(maxsize=1)
 def _simulated(run: PaperRun, seed: int) -> SimulatedRun:
-    """Through gaps as in training: of panels of a detector the package knows, or straight ones."""
-    conditions = paper_conditions(run, seed)
-    geometry = window_geometry(conditions)
-    rng = np.random.default_rng([seed, run.run, 31])
-    gaps_HW = draw_gaps(rng) if rng.random() < LAYOUT_SHARE else None
-    if gaps_HW is not None:
-        geometry = dataclasses.replace(geometry, bad_PSF=gaps_HW[None])
-    return SimulatedRun(conditions, geometry)
+    return run_behind_panels(paper_conditions(run, seed), seed, run.run)
 
 
 def _block(run: PaperRun, seed: int, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
