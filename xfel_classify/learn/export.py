@@ -29,7 +29,8 @@ from .lessons import Evaluated, Exhibit, lesson_of
 from .recipes import SPLITS, optimiser_words
 from .training import CURVE, RECIPE, Trained, open_trained
 
-__all__ = ["GEOMETRY_INPUT", "OPSET", "export_answers", "export_model", "write_metrics"]
+__all__ = ["GEOMETRY_INPUT", "OPSET", "export_answers", "export_model", "publish",
+           "write_metrics"]
 
 log = logging.getLogger(__name__)
 
@@ -118,14 +119,20 @@ def export_model(training: Trained | str | Path, target: str | Path,
             if (trained.directory / name).exists():
                 shutil.copy(trained.directory / name, directory / name)
         _write_card(directory / CARD, _card(trained, shown, directory))
-        report = check_model(directory)
-        if not report.passed:
-            raise ModelInvalid(f"the exported network does not reproduce torch's answers:\n"
-                               f"{report}\nlower the opset or change the network")
-        log.info("%s", report)
-        target.mkdir(exist_ok=True)
-        for path in sorted(directory.iterdir(), key=lambda p: p.name == CARD):
-            path.replace(target / path.name)        # the card last: it makes the model valid
+        return publish(directory, target, "lower the opset or change the network")
+
+
+def publish(directory: Path, target: Path, advice: str) -> Model:
+    """Move the files of a finished model ``directory`` to ``target`` once every runtime gives the
+    check values; ``ModelInvalid`` with ``advice`` otherwise."""
+    report = check_model(directory)
+    if not report.passed:
+        raise ModelInvalid(f"the exported network was to give torch's answers on every runtime:\n"
+                           f"{report}\n{advice}")
+    log.info("%s", report)
+    target.mkdir(exist_ok=True)
+    for path in sorted(directory.iterdir(), key=lambda p: p.name == CARD):
+        path.replace(target / path.name)            # the card last: it makes the model valid
     return load_model(target)
 
 

@@ -31,11 +31,12 @@ import torch
 from torch import Tensor
 
 from ..core import ConfigurationError, MissingDependency, ModelInvalid, OutputExists
-from ..engines import Card, Model, Task, check_model, find_model
-from ..engines.cards import CARD, CHECK, ONNX, load_model, read_check, sha256_of
+from ..engines import Card, Model, Task, find_model
+from ..engines.cards import CARD, CHECK, ONNX, read_check, sha256_of
 from ..engines.torch import TorchGraph
 from .datasets import augment
 from .evaluation import RunScore, choose_threshold, score_run
+from .export import publish
 from .labelled_frames import (
     CHOICE,
     HELD_BACK,
@@ -423,12 +424,4 @@ def _write(graph: Graph, gained: bool, card: Card, target: Path) -> Model:
         (directory / CARD).write_text(
             "# What this model means.  Written by xfel-classify finetune.\n"
             + tomli_w.dumps(fields), encoding="utf-8")
-        checked = check_model(directory)
-        if not checked.passed:
-            raise ModelInvalid(f"the fine-tuned network was to give torch's answers on every "
-                               f"runtime:\n{checked}\ntry a lower --learning-rate")
-        log.info("%s", checked)
-        target.mkdir(exist_ok=True)
-        for path in sorted(directory.iterdir(), key=lambda p: p.name == CARD):
-            path.replace(target / path.name)        # the card last: it makes the model valid
-    return load_model(target)
+        return publish(directory, target, "try a lower --learning-rate")
