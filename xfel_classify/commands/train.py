@@ -13,8 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, default=1, help="of torch (default: 1)")
     parser.add_argument("--processes", type=int, default=1,
                         help="that simulate images (default: 1)")
-    parser.add_argument("--device", help="of torch (default: cuda where there is one; hit "
-                                         "models train on the CPU)")
+    parser.add_argument("--device", help="of torch (default: cuda where there is one)")
     parser.add_argument("--restart", action="store_true", help="do not continue, start again")
 
 
