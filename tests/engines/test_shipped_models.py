@@ -53,8 +53,8 @@ def test_every_runtime_says_the_same_one_by_one_and_batched(name):
 def test_the_card_tells_where_the_model_comes_from(name):
     card = find_model(name).card
     assert card.licence and card.summary and card.provenance["recipe_sha256"]
-    for task in card.tasks:
-        assert task.threshold_chosen or task.kind == "regression"
+    for task in card.tasks:         # of several classes the likeliest is the answer
+        assert task.threshold_chosen or task.kind == "regression" or not task.positive
 
 
 def test_the_card_of_the_hit_finder_keeps_its_promises():
