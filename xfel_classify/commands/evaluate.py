@@ -11,6 +11,9 @@ from .train import require_learn
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="model name or directory")
     parser.add_argument("--split", default="test", help="runs of the recipe (default: test)")
+    parser.add_argument("--labelled", metavar="FILE.h5",
+                        help="instead of a split: labelled images of a file, as simulate spi "
+                             "writes them (single-particle models)")
     parser.add_argument("--recipe", metavar="FILE", help="instead of the model's own recipe")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--processes", type=int, default=1, help="that simulate (default: 1)")
@@ -23,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                              "of them shifted, with its figures beside (hit models)")
     parser.add_argument("--scale", type=float, default=1.0, metavar="X",
                         help="of the paper's event counts (default: 1, 110,891 events)")
-    parser.add_argument("--seed", type=int, metavar="S", help="of the ten runs (default: 9098)")
+    parser.add_argument("--seed", type=int, metavar="S", help="of the ten runs (default: 9198)")
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -33,18 +36,25 @@ def execute(args: argparse.Namespace) -> int:
     from ..engines import find_model
     from ..learn.evaluation import Evaluation
     from ..learn.export import write_metrics
-    from ..learn.lessons import lesson_of
+    from ..learn.lessons import Evaluated, lesson_of
+    from ..learn.quality_scores import QualityEvaluation
     from ..learn.recipes import model_recipe
     from ..learn.spi_scores import SpiEvaluation
     from ..learn.stills_scores import StillsEvaluation
 
     model = find_model(args.model)
-    lesson = lesson_of(model_recipe(model, args.recipe))
-    evaluation = lesson.evaluate(model, args.split, args.backend, args.processes)
+    recipe = model_recipe(model, args.recipe)
+    evaluation: Evaluated
+    if args.labelled:
+        from ..learn.spi_files import evaluate_file
+
+        evaluation = evaluate_file(model, args.labelled, recipe, args.backend)
+    else:
+        evaluation = lesson_of(recipe).evaluate(model, args.split, args.backend, args.processes)
     command = shlex.join(["xfel-classify", *sys.argv[1:]])
     print(evaluation)
     if args.keep:
-        write_metrics(model, args.split, evaluation, command)
+        write_metrics(model, "labelled" if args.labelled else args.split, evaluation, command)
     if args.report and isinstance(evaluation, Evaluation):
         from ..learn.reports import write_evaluation
 
@@ -54,6 +64,10 @@ def execute(args: argparse.Namespace) -> int:
 
         print(write_stills_evaluation(evaluation, args.report, command=command,
                                       threshold=model.card.tasks[0].threshold))
+    elif args.report and isinstance(evaluation, QualityEvaluation):
+        from ..learn.report_quality import write_quality_evaluation
+
+        print(write_quality_evaluation(evaluation, args.report, command=command))
     elif args.report and isinstance(evaluation, SpiEvaluation):
         from ..learn.report_spi import write_spi_evaluation
 

@@ -29,8 +29,6 @@ BATCH = 16          # images judged at a time
 class Lesson:
     """A recipe whose generator is in :data:`..datasets.GENERATORS`."""
 
-    on_gpu = False      # the published network is small; a CPU gives the same weights again
-
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._open: list[ImageSet] = []
@@ -59,18 +57,21 @@ class Lesson:
         return (torch.from_numpy(images_BHW)[:, None],)
 
     def loss(self, outputs: Mapping[str, Tensor], chosen_B: np.ndarray) -> Tensor:
-        return nn.functional.cross_entropy(outputs[self.recipe.task.output],
-                                           torch.from_numpy(self._pupils.labels_N[chosen_B]))
+        logits_BK = outputs[self.recipe.task.output]
+        truth_B = torch.from_numpy(self._pupils.labels_N[chosen_B]).to(logits_BK.device)
+        return nn.functional.cross_entropy(logits_BK, truth_B)
 
     def examine(self, network: nn.Module) -> dict[str, np.ndarray]:
         """``scores`` (probability of the positive class), ``labels`` and the ``runs`` they are of,
         numbered as in the recipe."""
         task, images = self.recipe.task, self._examiners
+        where = next(network.parameters()).device
         scores_N = np.empty(len(images), np.float32)
         for start in range(0, len(images), BATCH):
             chosen = np.arange(start, min(start + BATCH, len(images)))
-            logits_BK = network(torch.from_numpy(images.images(chosen))[:, None])[task.output]
-            scores_N[chosen] = logits_BK.softmax(1)[:, task.positive_index].numpy()
+            images_B1HW = torch.from_numpy(images.images(chosen))[:, None].to(where)
+            logits_BK = network(images_B1HW)[task.output].float()
+            scores_N[chosen] = logits_BK.softmax(1)[:, task.positive_index].cpu().numpy()
         return {"scores": scores_N, "labels": images.labels_N, "runs": self._runs_N}
 
     def mark(self, examined: Mapping[str, np.ndarray]) -> tuple[float, dict[str, float]]:
