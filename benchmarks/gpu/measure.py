@@ -5,6 +5,7 @@ Usage: python benchmarks/gpu/measure.py [--seconds 400] [--json FILE] [--only WO
 Every shipped model and ResNet-18/34/50 at 512 x 512 in each precision: from device memory, with
 copies, single images (median, 99 %, 99.9 %), what the wrapper adds to TensorRT's enqueue, several
 ranks on one GPU; torch eager, torch.compile and ONNX Runtime's CUDA provider on the same network.
+The simulators of crops, stills and particles per second (``simulators.py``).
 Rivals take turns in short rounds, so that a disturbance meets all of them; the best and the median
 round are given.  The file is written after every network: a run that is cut short keeps what it
 has.  ``chart.py`` draws it.
@@ -27,8 +28,9 @@ from typing import Any
 
 import numpy as np
 from networks import DEPTHS, ResNet, by_onnxruntime, write_model
+from simulators import measure_simulators
 
-from xfel_classify.core import EngineError
+from xfel_classify.core import ConfigurationError, EngineError, MissingDependency
 from xfel_classify.engines import find_model, list_models
 from xfel_classify.engines.cards import read_check
 from xfel_classify.engines.gpu_driver import mps_pipe, open_driver
@@ -371,11 +373,22 @@ def machine() -> dict[str, Any]:
     return found
 
 
+def simulators(clock: Clock) -> dict[str, Any]:
+    """Simulated images/s, or why they were not measured."""
+    if clock.over(120.0):
+        return {"not_measured": "no time left"}
+    try:
+        return measure_simulators("cuda", clock.over)
+    except (ConfigurationError, MissingDependency) as error:
+        return {"not_measured": str(error)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=400.0, help="stop after this long")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"))
-    parser.add_argument("--only", default="", help="networks whose name contains this")
+    parser.add_argument("--only", default="", help="networks whose name contains this, "
+                        "or simulators")
     parser.add_argument("--precision", action="append", help="only these (default: all)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -395,6 +408,9 @@ def main() -> None:
                                                else "float16")
             results["networks"][model.name] = found
             options.json.write_text(json.dumps(results, indent=1))
+    if options.only in "simulators":
+        results["simulators"] = simulators(clock)
+        options.json.write_text(json.dumps(results, indent=1))
     log.info("written to %s", options.json)
 
 

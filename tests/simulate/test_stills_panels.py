@@ -186,3 +186,7 @@ def test_a_run_on_a_geometry_file(tmp_path, capsys):
         read_geometry(geometry, (8, 512, 1024), "jungfrau").x_m_PSF.max())
     assert cli.main([*words, str(REAL / "crystfel" / "epix10k2M.geom")]) == 1
     assert "was to be of a Jungfrau" in capsys.readouterr().err
+    assert cli.main([*words, str(REAL / "crystfel" / "epix10k2M.geom"), "--detector",
+                     "epix10ka"]) == 0
+    with h5py.File(run) as file:
+        assert file["epix10ka/raw"].shape == (1, 16, 352, 384)

@@ -9,29 +9,33 @@ Axes: N images, H row, W column.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
 import numpy as np
 
 from ..core import ConfigurationError, OutputExists
-from ..simulate.stills_512 import SIDE_PX, draw_still, simulate_quadrant
+from ..simulate.stills_512 import SIDE_PX, Still, draw_still, simulate_quadrant
 from ..simulate.stills_conditions import GEOMETRY, label_B_A2
 from .stills import still_window
 
 __all__ = ["LABEL_NAMES", "write_labelled_set"]
+
+AT_A_TIME = 64      # stills that are drawn before a device is given them
 
 LABEL_NAMES = ("n_lattices", "d_A", "B_A2", "misset_deg", "misset_sigma_deg", "n_visible", "run")
 
 
 def write_labelled_set(path: Path | str, preset: str, seed: int, events: int, *,
                        events_per_run: int = 8, side: int = SIDE_PX, layout: str = "",
-                       overwrite: bool = False,
+                       overwrite: bool = False, device: str = "",
                        progress: Callable[[int], None] = lambda done: None) -> Path:
     """Simulate ``events`` quadrants into ``path``; it appears under that name when complete.
 
     ``layout`` names a geometry whose panels, tilted, lie under them (simulate.stills_panels).
+    ``device`` "cuda", "cuda:1" or "cpu-torch" simulates with torch: the same labels and expected
+    images, other noise (simulate.stills_torch).
     ``misset_deg`` is the smallest angle between the first lattice and another, 0 for one lattice.
     """
     path = Path(path)
@@ -54,12 +58,11 @@ def write_labelled_set(path: Path | str, preset: str, seed: int, events: int, *,
             quadrant = file.create_dataset("quadrant", (events,), text)
             labels.attrs["names"], geom.attrs["names"] = list(LABEL_NAMES), list(GEOMETRY)
             file.attrs.update(preset=preset, seed=seed, events_per_run=events_per_run,
-                              layout=Path(layout).name,
+                              layout=Path(layout).name, device=device,
                               generator="xfel-classify stills")
-            for row in range(events):
-                run, event = divmod(row, events_per_run)
-                still = simulate_quadrant(draw_still(seed, run, event, preset, layout))
-                c = still.conditions
+            for row, still in enumerate(_stills(preset, seed, events, events_per_run, layout,
+                                                device)):
+                run, c = row // events_per_run, still.conditions
                 images[row], geom[row] = still_window(still, side)
                 labels[row] = (c.n_lattices, c.d_A, label_B_A2(c.d_A),
                                min(c.misset_deg, default=0.0), c.misset_sigma_deg,
@@ -70,3 +73,16 @@ def write_labelled_set(path: Path | str, preset: str, seed: int, events: int, *,
     finally:
         unfinished.unlink(missing_ok=True)
     return path
+
+
+def _stills(preset: str, seed: int, events: int, events_per_run: int, layout: str,
+            device: str) -> Iterator[Still]:
+    if device:
+        from ..simulate.stills_torch import simulate_quadrants
+    for first in range(0, events, AT_A_TIME):
+        rows = range(first, min(first + AT_A_TIME, events))
+        drawn = [draw_still(seed, *divmod(row, events_per_run), preset, layout) for row in rows]
+        if device:
+            yield from simulate_quadrants(drawn, device)
+        else:
+            yield from map(simulate_quadrant, drawn)

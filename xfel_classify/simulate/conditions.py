@@ -3,10 +3,14 @@
 A run keeps its conditions for all events, as at the beamline; events differ in orientation,
 crystal size, pulse energy and noise.  ``training`` draws the condition the hit network is trained
 for; ``shifted`` draws flux, concentration and background outside of it, as the published runs
-98-100 did (methods section 4c).
+98-100 did (methods section 4c).  ``training_stray`` and ``shifted_stray`` are the same runs with
+stray spots on hits and misses alike, ``training_full`` and ``shifted_full`` with all that section
+7.3 lists: those, tilt, shadows, salt, spotty ice, lipid and plastic, saturation.  A preset's name
+may end in changed values, as in ``"training:hit_fraction=0.1,ice_chance=1"``.
 """
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +21,11 @@ from .crystal import Crystal, draw_crystal, volume_A3
 
 __all__ = ["PAPER_RUNS", "PRESETS", "Conditions", "PaperRun", "draw_conditions"]
 
-PRESETS = ("training", "shifted", "demo")
+PRESETS = ("training", "shifted", "demo", "training_stray", "shifted_stray", "training_full",
+           "shifted_full")
+"""What stands before "_" is drawn alike, whatever follows: the same crystals, beams and faults."""
+
+_BASES = ("training", "shifted", "demo")    # a place in this table is part of random numbers
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,19 @@ class Conditions:
     beam_stop_px: float
     panel_px: tuple[int, int]       # of the mosaic that a crop is cut from: slow, fast
     gap_px: tuple[int, int]
+    # what only later presets have; 0 leaves an event as it is without
+    stray_spots: int = 0            # most bright spots of no crystal in an event, hit or miss
+    stray_chance: float = 0.0       # of an event that has any
+    stray_photons: tuple[float, float] = (30.0, 1e4)    # faintest and brightest, log-uniform
+    tilt_deg: tuple[float, float] = (0.0, 0.0)          # of the detector about x and y
+    shadow: float = 1.0             # transmission of a nozzle's shadow; 1 = none
+    lipid_photons: float = 0.0      # expected at the top of each, as ring_photons
+    plastic_photons: float = 0.0
+    smooth_photons: float = 0.0     # most of each of three smooth terms that no formula knows
+    ice_spots: int = 0              # most grains where there is an ice ring
+    salt_chance: float = 0.0        # of an event with grains of salt
+    salt_spots: int = 8             # most of them
+    saturation_photons: float = 0.0     # a pixel's largest value in a crop; 0 = no limit
 
     @property
     def wavelength_A(self) -> float:
@@ -100,11 +121,63 @@ def draw_conditions(seed: int, run: int, preset: str = "training", *,
     """The conditions of run ``run`` of the data set ``seed``.
 
     The crystal form is redrawn until its lattice puts spots into the central 350 pixels: the
-    published network looks nowhere else.
+    published network looks nowhere else.  Raises :class:`ConfigurationError` for an unknown
+    preset, and for changes after its name that no run can have.
     """
-    if preset not in PRESETS:
-        raise ConfigurationError(f"no preset is called {preset!r}; known: {', '.join(PRESETS)}")
-    rng = np.random.default_rng([seed, run, PRESETS.index(preset)])
+    name, _, changes = preset.partition(":")
+    if name not in PRESETS:
+        raise ConfigurationError(f"no preset is called {name!r}; known: {', '.join(PRESETS)}")
+    base, _, variant = name.partition("_")
+    drawn = _draw(seed, run, base, hit_fraction)
+    if variant:
+        rng = np.random.default_rng([seed, run, _BASES.index(base), 51])
+        drawn = dataclasses.replace(drawn, stray_spots=8, stray_chance=float(rng.uniform(0.4, 1)),
+                                    stray_photons=(30.0, 3 * drawn.spot_photons[1]))
+    if variant == "full":
+        drawn = _with_everything(drawn, np.random.default_rng(
+            [seed, run, _BASES.index(base), 52]))
+    drawn = dataclasses.replace(drawn, preset=preset)
+    return _changed(drawn, changes) if changes else drawn
+
+
+def _with_everything(c: Conditions, rng: np.random.Generator) -> Conditions:
+    """Nuisances of section 7.3 that the first presets leave out."""
+    def sometimes(chance: float, low: float, high: float) -> float:
+        return float(rng.uniform(low, high)) if rng.random() < chance else 0.0
+
+    return dataclasses.replace(
+        c, tilt_deg=(float(rng.uniform(-3, 3)), float(rng.uniform(-3, 3))),
+        shadow=float(rng.choice([0.0, rng.uniform(0, 0.5)])) if rng.random() < 0.15 else 1.0,
+        lipid_photons=c.ring_photons * sometimes(0.3, 0, 1.5),
+        plastic_photons=c.ring_photons * sometimes(0.3, 0, 1.5),
+        smooth_photons=c.ring_photons * sometimes(0.7, 0, 0.6), ice_spots=int(rng.integers(200)),
+        salt_chance=sometimes(0.4, 0, 0.3), salt_fraction=_log_uniform(rng, 1e-6, 3e-4),
+        saturation_photons=_log_uniform(rng, 2e3, 5e4))
+
+
+def _changed(conditions: Conditions, changes: str) -> Conditions:
+    """Conditions with the numbers that "name=value,name=value" gives."""
+    numbers = {field.name: type(getattr(conditions, field.name))
+               for field in dataclasses.fields(conditions)
+               if isinstance(getattr(conditions, field.name), int | float)
+               and field.name not in ("seed", "run")}
+    values = {}
+    for change in changes.split(","):
+        name, equals, text = (part.strip() for part in change.partition("="))
+        if not equals or name not in numbers:
+            raise ConfigurationError(f"the change {change!r} of preset {conditions.preset!r} is "
+                                     f"not known; give name=number with one of "
+                                     f"{', '.join(numbers)}")
+        try:
+            values[name] = numbers[name](text)
+        except ValueError as error:
+            raise ConfigurationError(f"{name} of preset {conditions.preset!r} was to be {text!r}; "
+                                     "that is no number; give one") from error
+    return dataclasses.replace(conditions, **values)
+
+
+def _draw(seed: int, run: int, preset: str, hit_fraction: float | None) -> Conditions:
+    rng = np.random.default_rng([seed, run, _BASES.index(preset)])
     shifted = preset == "shifted"
     demo = preset == "demo"
     energy = 9500.0 if demo else rng.uniform(7000, 11500)

@@ -17,8 +17,8 @@ from xfel_classify.core import ConfigurationError
 
 __all__ = [
     "CENTRINGS", "LATTICES", "Crystal", "Reflections", "amplitudes_from_model", "draw_crystal",
-    "intensities", "laue_rotations", "reflections", "reciprocal_basis", "rotation_about",
-    "random_rotation", "volume_A3", "wilson_intensities",
+    "intensities", "laue_rotations", "protein_shape", "reflection_rotations", "reflections",
+    "reciprocal_basis", "rotation_about", "random_rotation", "volume_A3", "wilson_intensities",
 ]
 
 CENTRINGS = ("P", "A", "C", "I", "F", "R")
@@ -147,6 +147,16 @@ def laue_rotations(laue: str) -> np.ndarray:
     return np.array(group)
 
 
+def reflection_rotations(laue: str) -> np.ndarray:
+    """As :func:`laue_rotations`, in the setting that reflections of space groups have.
+
+    The two agree but for trigonal and hexagonal classes, where :func:`laue_rotations` has the
+    transposed matrices: what it calls equivalent has not the same |q|.  Made-up intensities keep
+    it, since models were trained on them and one still does not show which spots are equivalent.
+    """
+    return laue_rotations(laue).transpose(0, 2, 1)
+
+
 def _present(hkl_N3: np.ndarray, centring: str) -> np.ndarray:
     h, k, m = hkl_N3.T
     if centring == "A":
@@ -162,13 +172,13 @@ def _present(hkl_N3: np.ndarray, centring: str) -> np.ndarray:
     return np.ones(len(hkl_N3), bool)
 
 
-def _canonical_key(hkl_N3: np.ndarray, laue: str) -> np.ndarray:
-    """One int64 per symmetry-equivalent set (Laue class with Friedel's law)."""
+def _canonical_key(hkl_N3: np.ndarray, rotations_M33: np.ndarray) -> np.ndarray:
+    """One int64 per set that rotations and Friedel's law make equivalent."""
     hkl = hkl_N3.astype(np.float64)
     best = np.full(len(hkl), -1, np.int64)
     weights = np.array([4.0 * _HALF_RANGE ** 2, 2.0 * _HALF_RANGE, 1.0])
     origin = _HALF_RANGE * weights.sum()
-    for rotation in laue_rotations(laue):
+    for rotation in rotations_M33:
         # key is linear in (h, k, l): one dot product per operation, Friedel mate = sign flip
         key = np.abs(hkl @ (rotation @ weights)) + origin
         np.maximum(best, key.astype(np.int64), out=best)
@@ -189,8 +199,15 @@ def _hash_uniform(key_N: np.ndarray, seed: int) -> np.ndarray:
 def intensities(hkl_N3: np.ndarray, crystal: Crystal) -> np.ndarray:
     """|F|^2 / <|F|^2> of integer ``hkl_N3``: Exp(1) distributed, symmetric, 0 where absent."""
     hkl = np.asarray(hkl_N3)
-    value = -np.log(_hash_uniform(_canonical_key(hkl, crystal.laue), crystal.structure_seed))
+    value = -np.log(_hash_uniform(_canonical_key(hkl, laue_rotations(crystal.laue)),
+                                   crystal.structure_seed))
     return np.where(_present(np.rint(hkl).astype(int), crystal.centring), value, 0.0)
+
+
+def protein_shape(crystal: Crystal) -> tuple[float, float]:
+    """(depth of the dip near 6 A, height of the bump near 4.5 A) of :func:`wilson_intensities`."""
+    shape = np.random.default_rng([crystal.structure_seed, 7])
+    return shape.uniform(0.3, 0.8), shape.uniform(0.2, 0.9)
 
 
 def _protein_profile(q2_N: np.ndarray, crystal: Crystal) -> np.ndarray:
@@ -198,8 +215,7 @@ def _protein_profile(q2_N: np.ndarray, crystal: Crystal) -> np.ndarray:
 
     Depth and width vary with the structure seed.  1 at very low angle.
     """
-    shape = np.random.default_rng([crystal.structure_seed, 7])
-    dip, bump = shape.uniform(0.3, 0.8), shape.uniform(0.2, 0.9)
+    dip, bump = protein_shape(crystal)
     q = np.sqrt(q2_N)
     mean = 1.0 - dip * np.exp(-(((q - 1 / 6.2) / 0.035) ** 2))
     mean += bump * np.exp(-(((q - 1 / 4.4) / 0.04) ** 2))
@@ -234,9 +250,11 @@ def amplitudes_from_model(path: Path | str, d_min_A: float, b_A2: float = 10.0,
     density = gemmi.DensityCalculatorX()
     density.d_min = d_min_A
     density.grid.setup_from(structure)
+    # atoms are blurred on the grid and sharpened after: sharp ones would alias by 10 %
+    density.set_refmac_compatible_blur(structure[0])
     density.put_model_density_on_grid(structure[0])
     grid = gemmi.transform_map_to_f_phi(density.grid)
-    asu = grid.prepare_asu_data(dmin=d_min_A)
+    asu = grid.prepare_asu_data(dmin=d_min_A, unblur=density.blur)
     return (np.array(asu.miller_array), np.abs(np.array(asu.value_array)),
             tuple(structure.cell.parameters))
 
@@ -268,11 +286,13 @@ def reflections(crystal: Crystal, d_min_A: float, limit: int = 600_000) -> Refle
 
 
 def _model_intensities(hkl_N3: np.ndarray, crystal: Crystal, d_min_A: float) -> np.ndarray:
-    index_M3, amplitude_M, _ = amplitudes_from_model(crystal.model, d_min_A, crystal.wilson_B_A2)
-    known = _canonical_key(index_M3, crystal.laue)
+    index_M3, amplitude_M, _ = amplitudes_from_model(
+        crystal.model, 0.999 * d_min_A, crystal.wilson_B_A2)     # with those on the edge
+    rotations = reflection_rotations(crystal.laue)
+    known = _canonical_key(index_M3, rotations)
     order = np.argsort(known)
     known = known[order]
-    wanted = _canonical_key(hkl_N3, crystal.laue)
+    wanted = _canonical_key(hkl_N3, rotations)
     place = np.clip(np.searchsorted(known, wanted), 0, len(known) - 1)
     value = np.where(known[place] == wanted, amplitude_M[order][place] ** 2, 0.0)
     low = value[: max(len(value) // 50, 20)]

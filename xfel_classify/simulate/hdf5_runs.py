@@ -90,7 +90,7 @@ def write_cxi_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
             progress(event.index + 1)
         detector["distance"] = run.conditions.distance_m
         detector["description"] = run.kind
-        detector["x_pixel_size"] = detector["y_pixel_size"] = 75e-6
+        detector["x_pixel_size"] = detector["y_pixel_size"] = run.geometry.pixel_size_m
         entry["data_1/data"] = h5py.SoftLink("/entry_1/instrument_1/detector_1/data")
         entry["instrument_1/source_1/energy"] = np.array(energies) * _EV_J
         entry["instrument_1/source_1/pulse_energy"] = np.array(pulses) * 1e-3

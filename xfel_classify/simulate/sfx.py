@@ -12,16 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
 from ..core import Geometry, Panel
-from .bragg import Spots, paint, partiality_width, predict
+from .bragg import Spots, partiality_width, predict
 from .conditions import Conditions, draw_conditions
 from .crystal import random_rotation, reflections, rotation_about
+from .panel_spots import Located, locate_spots, paint_located
+from .sfx_nuisances import grains, more_background, shadow_on, strays
+from .stills_panels import on_tilted, seen_from
 
-__all__ = ["LEAST_IN_WINDOW", "LEAST_ON_DETECTOR", "SimulatedRun", "Truth", "crops",
-           "draw_conditions", "window_geometry"]
+__all__ = ["LEAST_IN_WINDOW", "LEAST_ON_DETECTOR", "Light", "Scene", "SimulatedRun", "Truth",
+           "crops", "draw_conditions", "window_geometry"]
 
 LEAST_ON_DETECTOR, LEAST_IN_WINDOW = 11, 4
 """Visible spots (S/N >= 5) that make an event a hit: more than 10 on the detector, as the paper
@@ -31,13 +35,18 @@ VISIBLE_SNR = 5.0
 SPOT_PIXELS = 12.0          # under a spot, for its signal to noise
 WINDOW_PX = 350
 DETECTOR_RADIUS_M = 0.075   # spots beyond do not count as "on the detector"
+_SAMPLE = (slice(None), slice(None, None, 16), slice(None, None, 16))     # of a detector's pixels
 ICE_D_A = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What was planted in an event.  ``spots`` are expected, before noise: panel, fs, ss (pixel
-    index, 0 = centre of the first pixel), photons and d in angstrom, visible ones only."""
+    """What was planted in an event.  Spots are expected, before noise: panel, fs, ss (pixel
+    index, 0 = centre of the first pixel), photons and d in angstrom, visible ones only.
+
+    ``n_visible`` counts them all; ``n_stray`` of them are the stray ones of presets that have
+    such, which ``n_visible_window`` leaves out: they make no hit.
+    """
 
     is_hit: bool
     n_lattices: int
@@ -51,6 +60,34 @@ class Truth:
     ss_N: np.ndarray = field(repr=False)
     photons_N: np.ndarray = field(repr=False)
     d_A_N: np.ndarray = field(repr=False)
+    n_stray: int = 0
+
+
+@dataclass(frozen=True)
+class Light:
+    """What is drawn of an event's background: air and solvent, ice rings, a streak."""
+
+    pulse: float
+    thickness: float                                        # of the jet, relative
+    ice: tuple[tuple[float, float, float], ...]             # (d in A, photons, width in 1/A)
+    streak: tuple[float, float, float, float] | None        # (angle, photons, reach and width, m)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What is drawn of an event: ``spots`` may make it a hit, ``more`` never do."""
+
+    number: int
+    energy_eV: float
+    light: Light
+    shift_m: np.ndarray
+    is_hit: bool
+    scale: float
+    lattices: int
+    spots: Spots
+    more: Spots
+    expected_PSF: np.ndarray = field(repr=False)    # background, to be painted on; or nothing
+    rng: np.random.Generator = field(repr=False)    # of the photons and the detector
 
 
 def window_geometry(conditions: Conditions, size_px: int = WINDOW_PX) -> Geometry:
@@ -91,24 +128,30 @@ class SimulatedRun:
         rng = np.random.default_rng([c.seed, c.run, 12])
         x, y = self.geometry.x_m_PSF, self.geometry.y_m_PSF
         radius = np.hypot(x, y)
-        s = c.inverse_d_A(radius.astype(np.float64)).astype(np.float32)
+        seen = radius
+        if any(c.tilt_deg):         # each pixel has the background of the direction it sees
+            seen = np.hypot(*seen_from(c.tilt_deg, c.distance_m, x, y))
+        s = c.inverse_d_A(seen.astype(np.float64)).astype(np.float32)
         tilt = 1 + (c.slope[0] * x + c.slope[1] * y) / 0.1
         polarisation = 1 - (x / np.sqrt(x * x + y * y + np.float32(c.distance_m) ** 2)) ** 2
         common = np.maximum(tilt, 0.1) * polarisation
-        self._air_PSF = (c.air_photons * np.exp(-(s / 0.06) ** 2) * common).astype(np.float32)
+        self.air_PSF = (c.air_photons * np.exp(-(s / 0.06) ** 2) * common).astype(np.float32)
         ring = np.exp(-0.5 * ((s - c.ring_s_A) / c.ring_width_A) ** 2) + 0.15
-        self._ring_PSF = (c.ring_photons * ring * common).astype(np.float32)
-        self._s_PSF = s
+        self.ring_PSF = (c.ring_photons * ring * common).astype(np.float32)
+        if c.lipid_photons or c.plastic_photons or c.smooth_photons:
+            self.ring_PSF += more_background(c, s) * common
+        self.shadow_PSF = shadow_on(c, self.geometry) if c.shadow < 1 else None
+        self.s_PSF = s
         good = np.ones(shape, bool)
-        self._hot = np.zeros(0, np.int64)
-        self._gain_PSF: np.ndarray | None = None
+        self.hot = np.zeros(0, np.int64)
+        self.gain_PSF: np.ndarray | None = None
         if not calm:
             if self.geometry.bad_PSF is not None:
                 good &= ~self.geometry.bad_PSF
-            self._gain_PSF = self._gains(rng)
+            self.gain_PSF = self._gains(rng)
             good &= rng.random(shape, np.float32) >= c.dead_fraction
-            self._hot = np.flatnonzero(rng.random(shape, np.float32) < c.hot_fraction)
-            self._hot_photons = np.exp(rng.uniform(np.log(5), np.log(3000), len(self._hot)))
+            self.hot = np.flatnonzero(rng.random(shape, np.float32) < c.hot_fraction)
+            self.hot_photons = np.exp(rng.uniform(np.log(5), np.log(3000), len(self.hot)))
         good &= radius >= c.beam_stop_px * c.pixel_size_m
         self.good_PSF = good
         self._panels = self.geometry.panels
@@ -133,54 +176,89 @@ class SimulatedRun:
 
     def event(self, number: int) -> tuple[np.ndarray, Truth]:
         """(photons_PSF float32, truth) of one event; masked pixels are 0."""
+        scene = self.scene(number)
+        expected = scene.expected_PSF
+        placed = self._paint(expected, scene.spots, scene)
+        more = self._paint(expected, scene.more, scene) if len(scene.more) else None
+        if self.shadow_PSF is not None:
+            expected *= self.shadow_PSF
+        return self._detect(scene.rng, expected), self.truth(scene, placed, more)
+
+    def scene(self, number: int, coarse: bool = False) -> Scene:
+        """All that is drawn of an event before its photons are counted.
+
+        ``coarse`` leaves out the expected photons of the whole detector.
+        """
         c = self.conditions
         rng = np.random.default_rng([c.seed, c.run, number, 1])
         pulse = max(0.2, 1 + c.pulse_spread * rng.standard_normal())
         energy = c.photon_energy_eV * (1 + 1e-3 * rng.standard_normal())
-        expected = self._background(rng, pulse)
+        light = self.draw_light(rng, pulse)
+        expected = np.zeros(0, np.float32) if coarse else self.background(light)
         shift = rng.normal(0, max(c.center_jitter_px, 1e-9), 2) * c.pixel_size_m
         spots = self._stray(rng)
+        others = len(spots)
         is_hit = bool(rng.random() < c.hit_fraction)
         scale, lattices = 0.0, 0
         if is_hit:
-            crystal, scale, lattices = self._crystal(rng, expected, pulse)
+            sample = self.background(light, _SAMPLE) if coarse else expected[_SAMPLE]
+            crystal, scale, lattices = self._crystal(rng, sample, pulse)
             spots = Spots.join([crystal, spots])
-        placed = self._paint(expected, spots, shift)
-        photons = self._detect(rng, expected)
-        snr = placed[3] / np.sqrt(placed[3] + SPOT_PIXELS * placed[5] + 1e-9)
-        seen = snr >= VISIBLE_SNR
-        in_window = (np.abs(placed[6][seen]) < 170 * c.pixel_size_m) & (
-            np.abs(placed[7][seen]) < 170 * c.pixel_size_m)
-        truth = Truth(is_hit, lattices, int(seen.sum()), int(in_window.sum()), scale, 2.0 * pulse,
-                      energy, *(column[seen] for column in placed[:5]))
-        return photons, truth
+        more = spots.take(np.zeros(0, int))
+        if c.stray_spots or c.salt_chance or c.ice_spots:
+            more = Spots.join([strays(c, number, self.geometry, others),
+                               grains(c, number, bool(light.ice))])
+        return Scene(number, energy, light, shift, is_hit, scale, lattices, spots, more, expected,
+                     rng)
 
-    def _background(self, rng: np.random.Generator, pulse: float) -> np.ndarray:
+    def truth(self, scene: Scene, placed: tuple[np.ndarray, ...],
+              more: tuple[np.ndarray, ...] | None) -> Truth:
+        """The truth of an event whose spots, and ``more`` that make no hit, were placed."""
+        c = self.conditions
+        placed = self._visible(placed)
+        in_window = (np.abs(placed[6]) < 170 * c.pixel_size_m) & (
+            np.abs(placed[7]) < 170 * c.pixel_size_m)
+        fallen = 0
+        if more is not None:
+            more = self._visible(more)
+            fallen = len(more[0])
+            placed = tuple(np.concatenate(both) for both in zip(placed, more, strict=True))
+        panel, fs, ss, photons, d = placed[:5]
+        return Truth(scene.is_hit, scene.lattices, len(panel), int(in_window.sum()), scene.scale,
+                     2.0 * scene.light.pulse, scene.energy_eV, panel, fs, ss, photons, d, fallen)
+
+    def draw_light(self, rng: np.random.Generator, pulse: float) -> Light:
+        """The background of an event."""
         c = self.conditions
         thickness = max(0.1, 1 + 0.3 * rng.standard_normal())
-        expected = self._air_PSF * np.float32(pulse)
-        expected += self._ring_PSF * np.float32(pulse * thickness)
+        ice = []
         if rng.random() < c.ice_chance:
             for d in ICE_D_A[:int(rng.integers(1, len(ICE_D_A) + 1))]:
                 height = c.ring_photons * pulse * rng.uniform(0.2, 3)
-                width = rng.uniform(0.002, 0.006)
-                expected += np.float32(height) * np.exp(
-                    -0.5 * ((self._s_PSF - np.float32(1 / d)) / np.float32(width)) ** 2)
+                ice.append((d, height, rng.uniform(0.002, 0.006)))
+        streak = None
         if rng.random() < c.streak_chance:
-            self._streak(rng, expected, pulse)
-        return expected
+            angle = rng.normal(0, 0.2) + (np.pi / 2 if rng.random() < 0.5 else 0)
+            height = pulse * np.exp(rng.uniform(np.log(1), np.log(100)))
+            reach = rng.uniform(15, 80) * c.pixel_size_m
+            streak = (angle, height, reach, rng.uniform(1.0, 4.0) * c.pixel_size_m)
+        return Light(pulse, thickness, tuple(ice), streak)
 
-    def _streak(self, rng: np.random.Generator, expected: np.ndarray, pulse: float) -> None:
-        """A streak of the jet: a line through the beam, falling off along and across."""
-        angle = rng.normal(0, 0.2) + (np.pi / 2 if rng.random() < 0.5 else 0)
-        x, y = self.geometry.x_m_PSF, self.geometry.y_m_PSF
-        across = x * np.float32(np.sin(angle)) - y * np.float32(np.cos(angle))
-        along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
-        height = pulse * np.exp(rng.uniform(np.log(1), np.log(100)))
-        p = self.conditions.pixel_size_m
-        reach = rng.uniform(15, 80) * p
-        expected += np.float32(height) * np.exp(-np.abs(along) / np.float32(reach) - 0.5 * (
-            across / np.float32(rng.uniform(1.0, 4.0) * p)) ** 2)
+    def background(self, light: Light, part: Any = ...) -> np.ndarray:
+        """Expected photons without spots, float32; ``part`` indexes the pixels that are wanted."""
+        expected = self.air_PSF[part] * np.float32(light.pulse)
+        expected += self.ring_PSF[part] * np.float32(light.pulse * light.thickness)
+        for d, height, width in light.ice:
+            expected += np.float32(height) * np.exp(
+                -0.5 * ((self.s_PSF[part] - np.float32(1 / d)) / np.float32(width)) ** 2)
+        if light.streak:    # of the jet: a line through the beam, falling off along and across
+            angle, height, reach, width = light.streak
+            x, y = self.geometry.x_m_PSF[part], self.geometry.y_m_PSF[part]
+            across = x * np.float32(np.sin(angle)) - y * np.float32(np.cos(angle))
+            along = x * np.float32(np.cos(angle)) + y * np.float32(np.sin(angle))
+            expected += np.float32(height) * np.exp(-np.abs(along) / np.float32(reach) - 0.5 * (
+                across / np.float32(width)) ** 2)
+        return expected
 
     def _stray(self, rng: np.random.Generator) -> Spots:
         """At most one spot that belongs to no crystal: salt, a fragment, a cosmic ray."""
@@ -193,14 +271,14 @@ class SimulatedRun:
         return Spots(x, y, photons, np.zeros(n), np.zeros(n), 1 / s, np.zeros((n, 3), np.float32),
                      np.zeros(n))
 
-    def _crystal(self, rng: np.random.Generator, expected_PSF: np.ndarray,
+    def _crystal(self, rng: np.random.Generator, sample_PSF: np.ndarray,
                  pulse: float) -> tuple[Spots, float, int]:
         """Spots of the crystal that was hit: bright enough to be one for the paper's labels."""
         c = self.conditions
         low, high = np.log(c.spot_photons)
         scale = float(np.exp(rng.uniform(low, high)))
         lattices = 1 if rng.random() < 0.85 else int(rng.integers(2, 4))
-        level = self._typical_background(expected_PSF)
+        level = self._typical_background(sample_PSF)
         while True:
             first = random_rotation(rng)
             turns = [first] + [rotation_about(rng.standard_normal(3), np.deg2rad(
@@ -218,10 +296,10 @@ class SimulatedRun:
                 return spots, scale, lattices
             scale *= 1.3        # a crystal too small to be labelled a hit: take a larger one
 
-    def _typical_background(self, expected_PSF: np.ndarray):
+    def _typical_background(self, sample_PSF: np.ndarray):
         """Expected photons per pixel as a function of 1/d, from a coarse sample."""
-        s = self._s_PSF[:, ::16, ::16].ravel()
-        level = expected_PSF[:, ::16, ::16].ravel()
+        s = self.s_PSF[_SAMPLE].ravel()
+        level = sample_PSF.ravel()
         bins = np.linspace(0, float(s.max()) * 1.001 + 1e-6, 24)
         index = np.digitize(s, bins) - 1
         count = np.maximum(np.bincount(index, minlength=23)[:23], 1)
@@ -236,63 +314,47 @@ class SimulatedRun:
                        mosaicity_rad=np.deg2rad(c.crystal.mosaicity_deg), bandwidth=c.bandwidth,
                        scale=scale, extra_B_A2=c.extra_B_A2, width_N=self._width_N)
 
-    def _paint(self, expected_PSF: np.ndarray, spots: Spots,
-               shift_m: np.ndarray) -> tuple[np.ndarray, ...]:
-        """Add spots to the panels they fall on; (panel, fs, ss, photons, d, background, x, y)."""
+    def locate(self, spots: Spots, scene: Scene) -> Located:
+        """Where spots of an event fall (:func:`.panel_spots.locate_spots`)."""
         c = self.conditions
-        keep = spots.photons_N > 0.3
-        spots = spots.take(keep)
-        x, y = spots.x_m_N + shift_m[0], spots.y_m_N + shift_m[1]
-        found: list[tuple[np.ndarray, ...]] = []
-        background = expected_PSF.copy()
-        for panel in self._panels:
-            fs_axis, ss_axis = np.array(panel.fs_m[:2]), np.array(panel.ss_m[:2])
-            inverse = np.linalg.inv(np.stack([fs_axis, ss_axis], axis=1))
-            offset = np.stack([x - panel.corner_m[0], y - panel.corner_m[1]])
-            f, t = inverse @ offset - 0.5
-            height, width = (panel.max_ss - panel.min_ss + 1, panel.max_fs - panel.min_fs + 1)
-            inside = (f > -4) & (f < width + 3) & (t > -4) & (t < height + 3)
-            if not inside.any():
-                continue
-            f, t = f[inside], t[inside]
-            radial = np.stack([x[inside], y[inside]]) / np.maximum(
-                np.hypot(x[inside], y[inside]), 1e-9)
-            along = inverse @ radial * c.pixel_size_m
-            across = inverse @ np.stack([-radial[1], radial[0]]) * c.pixel_size_m
-            a = np.minimum(spots.radial_m_N[inside] / c.pixel_size_m, 2.5) ** 2
-            b = np.minimum(spots.tangential_m_N[inside] / c.pixel_size_m, 2.5) ** 2
-            covariance = (a * along[:, None] * along[None] + b * across[:, None] * across[None])
-            covariance = np.moveaxis(covariance, 2, 0) + c.spot_sigma_px ** 2 * np.eye(2)
-            region = (panel.index, slice(panel.min_ss, panel.max_ss + 1),
-                      slice(panel.min_fs, panel.max_fs + 1))
-            piece = np.ascontiguousarray(expected_PSF[region])
-            paint(piece, f, t, spots.photons_N[inside], covariance, half=6)
-            expected_PSF[region] = piece
-            on = (f > -0.5) & (f < width - 0.5) & (t > -0.5) & (t < height - 0.5)
-            f, t = f[on] + panel.min_fs, t[on] + panel.min_ss
-            at = (panel.index, np.rint(t).astype(int), np.rint(f).astype(int))
-            usable = self.good_PSF[at]
-            one = [np.full(len(f), panel.index), f, t, spots.photons_N[inside][on],
-                   spots.d_A_N[inside][on], background[at], x[inside][on], y[inside][on]]
-            found.append(tuple(column[usable] for column in one))
-        if not found:
-            return tuple(np.zeros(0) for _ in range(8))
-        return tuple(np.concatenate(columns) for columns in zip(*found, strict=True))
+        spots = spots.take(spots.photons_N > 0.3)
+        x, y = spots.x_m_N, spots.y_m_N
+        if any(c.tilt_deg):
+            x, y = on_tilted(c.tilt_deg, c.distance_m, x, y)
+        return locate_spots(self._panels, self.good_PSF, spots, x + scene.shift_m[0],
+                            y + scene.shift_m[1], c.pixel_size_m, c.spot_sigma_px)
+
+    def _paint(self, expected_PSF: np.ndarray, spots: Spots,
+               scene: Scene) -> tuple[np.ndarray, ...]:
+        """Add spots to the panels they fall on; (panel, fs, ss, photons, d, background, x, y)."""
+        return paint_located(expected_PSF, self.locate(spots, scene))
+
+    def _visible(self, placed: tuple[np.ndarray, ...]) -> tuple[np.ndarray, ...]:
+        """Those of the spots that :meth:`_paint` placed that stand out of the noise."""
+        if self.shadow_PSF is not None:
+            at = tuple(np.rint(placed[i]).astype(int) for i in (0, 2, 1))
+            dimmed = self.shadow_PSF[at]
+            placed = (*placed[:3], placed[3] * dimmed, placed[4], placed[5] * dimmed, *placed[6:])
+        photons, background = placed[3], placed[5]
+        seen = photons / np.sqrt(photons + SPOT_PIXELS * background + 1e-9) >= VISIBLE_SNR
+        return tuple(column[seen] for column in placed)
 
     def _detect(self, rng: np.random.Generator, expected_PSF: np.ndarray) -> np.ndarray:
         """Counting noise and the detector's faults; photons, float32."""
         c = self.conditions
         photons = rng.poisson(expected_PSF).astype(np.float32)
-        if self._gain_PSF is not None:
-            photons *= self._gain_PSF
+        if self.gain_PSF is not None:
+            photons *= self.gain_PSF
             noise = rng.standard_normal(photons.shape, np.float32)
             photons += np.float32(c.read_noise_photons) * noise
             photons += np.float32(c.common_mode_photons) * rng.standard_normal(
                 (len(photons), 1, 1), np.float32)
             flat = photons.reshape(-1)
-            flat[self._hot] += self._hot_photons * rng.uniform(0.5, 1.5, len(self._hot))
+            flat[self.hot] += self.hot_photons * rng.uniform(0.5, 1.5, len(self.hot))
             stray = rng.integers(flat.size, size=rng.poisson(c.salt_fraction * flat.size))
             flat[stray] += np.exp(rng.uniform(np.log(5), np.log(1000), len(stray)))
+            if c.saturation_photons:
+                np.minimum(photons, np.float32(c.saturation_photons), out=photons)
         photons[~self.good_PSF] = 0
         return photons
 

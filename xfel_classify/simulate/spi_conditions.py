@@ -102,6 +102,12 @@ _EXPERIMENT: dict[str, Any] = dict(
     background_slope=0.3, gap_px=(10.0, 20.0), half_chance=1.0, stop_px=(4.0, 16.0),
     hot_fraction=2e-5, dead_fraction=1e-3, gain_noise=0.03, read_noise_photons=(0.02, 0.15),
     common_mode_photons=0.02, saturation_photons=3000.0)
+_VARIED: dict[str, Any] = dict(        # wider than any experiment, half of the images good
+    photon_energy_eV=(1500.0, 1900.0), distance_m=(0.22, 0.40), fluence=(3e-5, 3e-3),
+    center_jitter_px=3.0, fluctuation_sigma=0.15, fluctuation_px=(12.0, 90.0), contrast=(0.3, 1.0),
+    background=0.6, background_radial=2.0, background_slope=0.5, gap_px=(0.0, 30.0),
+    half_chance=0.4, stop_px=(0.0, 24.0), hot_fraction=4e-5, dead_fraction=2e-3, gain_noise=0.02,
+    read_noise_photons=(0.0, 0.3), common_mode_photons=0.03, saturation_photons=6000.0)
 _PR772: dict[str, Any] = {
     **_QUALITY, **_EXPERIMENT, "diameter_A": (600.0, 750.0), "photon_energy_eV": (1690.0, 1710.0),
     "distance_m": (0.130, 0.130), "block": 1, "shape": (123, 240), "first_px": (-133.0, -120.0),
@@ -122,6 +128,7 @@ SPI_PRESETS |= {f"{name}_unseen": dataclasses.replace(preset, particles=SPI_UNSE
                 for name, preset in SPI_PRESETS.items()}
 SPI_PRESETS |= {
     "quality": SpiPreset(**_QUALITY),
+    "quality_varied": SpiPreset(**{**_QUALITY, **_VARIED}),
     "quality_soccer": SpiPreset(**{**_QUALITY, "particles": ("truncated_icosahedron",)}),
     "quality_torus": SpiPreset(**{**_QUALITY, "particles": ("torus",)}),
     "quality_shapes": SpiPreset(**{**_QUALITY, "particles": SPI_BODIES}),

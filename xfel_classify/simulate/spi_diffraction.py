@@ -150,6 +150,14 @@ def pair_coherence(positions_C3: np.ndarray, view: View, coherence_A: float = np
     return seen
 
 
+def check_reach(one: Copy, view: View) -> None:
+    """Raises :class:`ConfigurationError` when a mesh does not reach the corner of the image."""
+    if len(one.volume_XYZ) // 2 * one.voxel_A < 0.9 * view.s_max_A and not one.fades:
+        raise ConfigurationError(
+            f"an image out to {view.s_max_A:.4f} 1/A was asked for; the mesh of the particle "
+            f"reaches {len(one.volume_XYZ) // 2 * one.voxel_A:.4f} 1/A; take more points")
+
+
 def expected_photons(copies: Sequence[Copy], view: View, photons_m2: float,
                      coherence_A: float = np.inf) -> np.ndarray:
     """Mean expected photons per *detector pixel* in every pixel of the image, float32 (H, W).
@@ -163,10 +171,7 @@ def expected_photons(copies: Sequence[Copy], view: View, photons_m2: float,
     wavenumber = 1 / view.wavelength_A
     amplitudes_CHW = np.empty((len(copies), len(y_H), len(x_W)), np.complex64)
     for number, one in enumerate(copies):
-        if len(one.volume_XYZ) // 2 * one.voxel_A < 0.9 * view.s_max_A and not one.fades:
-            raise ConfigurationError(
-                f"an image out to {view.s_max_A:.4f} 1/A was asked for; the mesh of the particle "
-                f"reaches {len(one.volume_XYZ) // 2 * one.voxel_A:.4f} 1/A; take more points")
+        check_reach(one, view)
         ewald_slice.slice(np.asarray(one.volume_XYZ), one.matrix_33, x_W, y_H, view.distance_m,
                           wavenumber, amplitudes_CHW[number])
         if one.weight != 1:

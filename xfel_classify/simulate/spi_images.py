@@ -145,16 +145,21 @@ def _contaminant(c: SpiConditions, rng: np.random.Generator) -> list[Copy]:
     return _shelled(rng, c.particle, rng.uniform(0.3, 0.6) * c.diameter_A, np.zeros(3))
 
 
-def spi_image(conditions: SpiConditions, structures: str | Path | None = None) -> SpiImage:
-    """Simulate one image, with what it is made of."""
+def spi_image(conditions: SpiConditions, structures: str | Path | None = None,
+              device: str = "") -> SpiImage:
+    """Simulate one image, with what it is made of.
+
+    ``device`` "cuda", "cuda:1" or "cpu-torch" computes the diffraction with torch
+    (:mod:`.spi_torch`); photons are counted by the host.
+    """
     directory = structure_directory(structures) if conditions.kind == "particles" else None
-    return _image(conditions, None if directory is None else str(directory.resolve()))
+    return _image(conditions, None if directory is None else str(directory.resolve()), device)
 
 
 @functools.lru_cache(maxsize=2)
-def _image(c: SpiConditions, structures: str | None) -> SpiImage:
+def _image(c: SpiConditions, structures: str | None, device: str) -> SpiImage:
     copies = copies_of(c, structures)
-    particles_HW = expected_photons(copies, view_of(c), c.photons_um2 * 1e12, c.coherence_A)
+    particles_HW = expected_on(device, copies, view_of(c), c.photons_um2 * 1e12, c.coherence_A)
     expected_HW = add_surroundings(c, particles_HW)
     diameter = c.diameter_A
     if c.kind == "particles" and structures is not None:
@@ -163,17 +168,28 @@ def _image(c: SpiConditions, structures: str | None) -> SpiImage:
                     float(particles_HW.sum(dtype=np.float64)) * c.block ** 2, diameter)
 
 
-def simulate_spi(conditions: SpiConditions, structures: str | Path | None = None) -> np.ndarray:
+def expected_on(device: str, copies: list[Copy], view: View, photons_m2: float,
+                coherence_A: float) -> np.ndarray:
+    """Expected photons by the compiled code, or by torch where a device is named."""
+    if not device:
+        return expected_photons(copies, view, photons_m2, coherence_A)
+    from .spi_torch import expected_photons_torch
+
+    return expected_photons_torch(copies, view, photons_m2, coherence_A, device)
+
+
+def simulate_spi(conditions: SpiConditions, structures: str | Path | None = None,
+                 device: str = "") -> np.ndarray:
     """Mean photons per detector pixel in every pixel of the image, float32 (H, W).
 
     (128, 128) for every preset but ``pr772``, whose window is (123, 240).  Gaps and masked pixels
     are 0.  ``structures`` is a directory of real entries, see :mod:`.spi_particles`.
     """
-    return spi_image(conditions, structures).image_HW.copy()
+    return spi_image(conditions, structures, device).image_HW.copy()
 
 
-def spi_labels(conditions: SpiConditions,
-               structures: str | Path | None = None) -> dict[str, float | int]:
+def spi_labels(conditions: SpiConditions, structures: str | Path | None = None,
+               device: str = "") -> dict[str, float | int]:
     """What a network may learn of an image, by name (:data:`SPI_LABELS`).
 
     ``count`` 0 to 3 for one to four copies (4: five; -1: a blank or a contaminant); ``particle``
@@ -182,7 +198,7 @@ def spi_labels(conditions: SpiConditions,
     :func:`simulate_spi` of the same conditions: the image is then not computed again.
     """
     c = conditions
-    made = spi_image(c, structures)
+    made = spi_image(c, structures, device)
     return {"count": c.count - 1 if c.kind in ("particles", "good", "bad") else -1,
             "particle": -1 if c.mixed else c.particle_index, "diameter_A": made.diameter_A,
             "distance_m": c.distance_m, "photons": made.photons,

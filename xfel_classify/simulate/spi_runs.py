@@ -21,8 +21,7 @@ from ..core import Geometry
 from .raw_runs import JungfrauRun, RawEvent, timestamp
 from .spi_conditions import SpiConditions, draw_spi
 from .spi_detector import add_surroundings
-from .spi_diffraction import expected_photons
-from .spi_images import copies_of, spi_labels, view_of
+from .spi_images import copies_of, expected_on, spi_labels, view_of
 from .spi_volume import PAPER_VOXEL, mesh_for
 
 __all__ = ["PnccdRun", "SpiFrames", "SpiRunConditions", "SpiTruth", "spi_run"]
@@ -101,9 +100,10 @@ class SpiFrames:
     """Photons of the events of a run on the pixels of a detector."""
 
     def __init__(self, conditions: SpiRunConditions, geometry: Geometry, *,
-                 hit_fraction: float = 0.5, structures: str | Path | None = None) -> None:
+                 hit_fraction: float = 0.5, structures: str | Path | None = None,
+                 device: str = "") -> None:
         self.conditions, self.hit_fraction = conditions, hit_fraction
-        self.structures = structures
+        self.structures, self.device = structures, device
         x, y = geometry.x_m_PSF.astype(np.float64), geometry.y_m_PSF.astype(np.float64)
         # a square grid about the beam that reaches over the detector by half a pixel
         half = int(np.ceil(max(np.abs(x).max(), np.abs(y).max()) / PIXEL_M + 1.0))
@@ -124,10 +124,10 @@ class SpiFrames:
         # rounded up, so that one cached volume serves all gaps
         mesh = -(-mesh_for(view.s_max_A, PAPER_VOXEL / c.finer) // 16) * 16 + 1
         copies = copies_of(c, self.structures, mesh) if is_hit else []
-        expected = add_surroundings(wide, expected_photons(
-            copies, view, c.photons_um2 * 1e12, c.coherence_A))
+        expected = add_surroundings(wide, expected_on(
+            self.device, copies, view, c.photons_um2 * 1e12, c.coherence_A))
         if is_hit:
-            labels = spi_labels(c, self.structures)
+            labels = spi_labels(c, self.structures, self.device)
         else:
             labels = {"particle": -1, "quality": 0, "diameter_A": np.nan, "photons": 0.0}
         counting = np.random.default_rng([run.seed, run.run, number, _PHOTONS])
@@ -158,14 +158,15 @@ class PnccdRun:
 
     def __init__(self, conditions: SpiRunConditions, *, gap_px: float = 0.0,
                  hit_fraction: float = 0.5, structures: str | Path | None = None,
-                 rate_Hz: float = 120.0, missing: Collection[int] = ()) -> None:
+                 rate_Hz: float = 120.0, missing: Collection[int] = (),
+                 device: str = "") -> None:
         self.conditions, self.rate_Hz = conditions, rate_Hz
         self.missing = frozenset(missing)
         self.shape = (4, 512, 512)
         self.geometry_text = pnccd_geometry(gap_px, conditions.distance_m)
         self.geometry = detectors.read_geometry(self.geometry_text, self.shape, "pnccd")
         self.frames = SpiFrames(conditions, self.geometry, hit_fraction=hit_fraction,
-                                structures=structures)
+                                structures=structures, device=device)
         rng = np.random.default_rng([conditions.seed, conditions.run, _CONSTANTS])
         stages = (1, *self.shape)
         self.pedestals = PEDESTAL_ADU + 40 * rng.standard_normal(stages, np.float32)
@@ -220,12 +221,16 @@ def pnccd_geometry(gap_px: float, distance_m: float) -> str:
 
 
 def spi_run(seed: int, run: int, preset: str, detector: str = "pnccd", *,
-            hit_fraction: float = 0.5, structures: str | Path | None = None,
+            hit_fraction: float = 0.5, structures: str | Path | None = None, device: str = "",
             ) -> PnccdRun | JungfrauRun:
-    """Run ``run`` of the data set ``seed`` on a pnCCD or a Jungfrau 1M ("jungfrau")."""
+    """Run ``run`` of the data set ``seed`` on a pnCCD or a Jungfrau 1M ("jungfrau").
+
+    ``device`` computes the diffraction with torch (:mod:`.spi_torch`).
+    """
     conditions = SpiRunConditions.draw(seed, run, preset)
     if detector == "jungfrau":
         return JungfrauRun(conditions, 2, photons=lambda geometry: SpiFrames(
-            conditions, geometry, hit_fraction=hit_fraction, structures=structures))
+            conditions, geometry, hit_fraction=hit_fraction, structures=structures,
+            device=device))
     return PnccdRun(conditions, gap_px=draw_spi(seed, run, 0, preset).gap_px,
-                    hit_fraction=hit_fraction, structures=structures)
+                    hit_fraction=hit_fraction, structures=structures, device=device)

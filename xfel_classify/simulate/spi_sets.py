@@ -36,7 +36,7 @@ CHUNK = 77              # rows that a worker makes at a time: a run of the stand
 
 
 def spi_rows(seed: int, preset: str, rows: Sequence[int], structures: str | None = None,
-             ) -> tuple[np.ndarray, np.ndarray, list[SpiConditions]]:
+             device: str = "") -> tuple[np.ndarray, np.ndarray, list[SpiConditions]]:
     """(images_NHW, labels_N6, conditions) of some rows of a set.
 
     Row r is event r % k of run r // k, where k events hold every particle in its shares.
@@ -45,8 +45,8 @@ def spi_rows(seed: int, preset: str, rows: Sequence[int], structures: str | None
     images, labels, drawn = [], [], []
     for row in rows:
         c = draw_spi(seed, *divmod(row, size), preset)
-        images.append(simulate_spi(c, structures))
-        values = spi_labels(c, structures)
+        images.append(simulate_spi(c, structures, device))
+        values = spi_labels(c, structures, device)
         labels.append([values[name] for name in SPI_LABELS])
         drawn.append(c)
     return np.stack(images), np.array(labels, np.float32), drawn
@@ -58,13 +58,13 @@ def _events_per_run(preset: str) -> int:
 
 
 def _parts(seed: int, preset: str, events: int, structures: str | None,
-           processes: int) -> Iterator[tuple[int, Any]]:
+           processes: int, device: str) -> Iterator[tuple[int, Any]]:
     """(first row, its part) in order, made by ``processes`` workers."""
     starts = range(0, events, CHUNK)
     jobs = [(start, range(start, min(start + CHUNK, events))) for start in starts]
     if processes <= 1 or len(jobs) < 2:
         for start, rows in jobs:
-            yield start, spi_rows(seed, preset, rows, structures)
+            yield start, spi_rows(seed, preset, rows, structures, device)
         return
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, mp_context=context) as pool:
@@ -80,15 +80,19 @@ def _parts(seed: int, preset: str, events: int, structures: str | None,
 
 def write_spi_set(path: Path | str, preset: str, seed: int, events: int, *,
                   structures: str | Path | None = None, processes: int = 1,
-                  overwrite: bool = False,
+                  overwrite: bool = False, device: str = "",
                   progress: Callable[[int], None] = lambda done: None) -> Path:
     """Simulate ``events`` images into ``path``; it appears under that name when complete.
 
+    ``device`` "cuda", "cuda:1" or "cpu-torch" computes the diffraction with torch, in one process.
     Raises :class:`ConfigurationError` for values that no set can have, :class:`OutputExists`.
     """
     path = Path(path)
     if events < 1:
         raise ConfigurationError(f"a set of {events} images was asked for; give at least one")
+    if device and processes > 1:
+        raise ConfigurationError(f"a set on the device {device!r} was asked for with {processes} "
+                                 "processes; a device is used by one; leave out either")
     chosen = spi_preset(preset)
     if path.exists() and not overwrite:
         raise OutputExists(f"{path} is already there; give another name")
@@ -118,9 +122,10 @@ def write_spi_set(path: Path | str, preset: str, seed: int, events: int, *,
             stand_ins = sorted(f"{name}: {one.source}" for name, one in sources.items()
                                if one.stand_in)
             file.attrs.update(
-                generator="xfel-classify spi", preset=preset, seed=seed,
+                generator="xfel-classify spi", preset=preset, seed=seed, device=device,
                 stand_ins=", ".join(stand_ins) or "none")
-            for start, (pixels, values, drawn) in _parts(seed, preset, events, stated, processes):
+            for start, (pixels, values, drawn) in _parts(seed, preset, events, stated, processes,
+                                                        device):
                 rows = slice(start, start + len(drawn))
                 images[rows], labels[rows] = pixels, values
                 geom[rows] = [(c.wavelength_A, c.distance_m, c.block * c.pixel_size_m,

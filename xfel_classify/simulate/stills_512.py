@@ -11,6 +11,7 @@ Axes: S slow (row 0 on top), F fast (towards +x), N spot.
 from __future__ import annotations
 
 import functools
+from collections.abc import Generator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -28,15 +29,20 @@ from .stills_conditions import (
     label_B_A2,
 )
 
-__all__ = ["Still", "draw_still", "simulate_image", "simulate_quadrant"]
+__all__ = ["Still", "draw_still", "expected_quadrant", "simulate_image", "simulate_quadrant"]
 
 VISIBLE_SNR = 5.0
 SPOT_PIXELS = 9.0           # under a spot, for its signal to noise
 LEAST_VISIBLE = 6           # spots of each lattice on the asked quadrant
 ICE_D_A = (3.90, 3.67, 3.44, 2.67, 2.25, 2.07, 1.95, 1.92, 1.88, 1.72)
 SALT_D_A = (3.256, 2.820, 1.994, 1.628, 1.410, 1.261)       # NaCl
-_SIGNS = {"A": (-1, 1), "B": (1, 1), "C": (-1, -1), "D": (1, -1)}      # of x and y
+NEAR_PX = 12                # beyond the edge, where a spot still reaches in
+PATCHES = ((0.0, 1.3, 4), (1.3, 2.2, 6), (2.2, 99.0, 12))
+"""(least and largest sigma of a spot, half a side of the patch it is painted on), pixels."""
+LEAST_PHOTONS = 0.3         # of a spot that is worth painting
+SIGNS = {"A": (-1, 1), "B": (1, 1), "C": (-1, -1), "D": (1, -1)}      # of x and y
 _CRYSTAL, _DETECTOR, _PIXELS = 31, 32, 33       # purposes of random numbers
+Shots = Generator[tuple[list[np.ndarray], float], int, tuple[list[np.ndarray], float]]
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,7 @@ class Still:
 def simulate_quadrant(conditions: StillConditions, quadrant: str = "") -> Still:
     """A quadrant (default: the one that the conditions name) at detector resolution."""
     quadrant = quadrant or conditions.quadrant
-    lattices, scale = _lattices(conditions)
+    lattices, scale = lattices_of(conditions)
     photons, good, seen = _quadrant(conditions, quadrant, lattices, scale)
     side = SIDE_PX * conditions.pool
     beam = (side if quadrant in "AC" else 0, side if quadrant in "AB" else 0)
@@ -66,7 +72,7 @@ def simulate_quadrant(conditions: StillConditions, quadrant: str = "") -> Still:
 
 def simulate_image(conditions: StillConditions) -> Still:
     """The whole image, (1024 f)^2 pixels with the beam in the middle: four quadrants."""
-    lattices, scale = _lattices(conditions)
+    lattices, scale = lattices_of(conditions)
     parts = {q: _quadrant(conditions, q, lattices, scale) for q in QUADRANTS}
     photons, good = (np.block([[parts["A"][i], parts["B"][i]], [parts["C"][i], parts["D"][i]]])
                      for i in (0, 1))
@@ -76,37 +82,50 @@ def simulate_image(conditions: StillConditions) -> Still:
 
 # --- the crystal ----------------------------------------------------------------------------------
 
-def _lattices(c: StillConditions) -> tuple[list[np.ndarray], float]:
-    """(orientations, photons of a mean low-angle reflection per lattice) of a shot.
+def search(c: StillConditions) -> Shots:
+    """Look for a shot that shows each lattice on the quadrant that was asked for.
 
-    Redrawn, or made brighter, until each lattice shows spots on the quadrant that was asked for:
-    otherwise the label would not be in the picture.
+    A generator: it yields (orientations, photons of a mean low-angle reflection per lattice), is
+    sent the visible spots of the lattice with fewest, and returns those it settles for.  Shots
+    are redrawn, or made brighter, as long as their label is not in the picture.
     """
     code = list(c.preset.encode())
     rng = np.random.default_rng([c.seed, c.run, c.event, _CRYSTAL, *code])
     scale = c.spot_photons / c.n_lattices
-    level = _profile(c)
     for _ in range(12):
         first = random_rotation(rng)
         turns = [first] + [rotation_about(rng.standard_normal(3), np.deg2rad(angle)) @ first
                            for angle in c.misset_deg]
         for _ in range(3):
-            if min(_visible(c, turn, scale, level) for turn in turns) >= LEAST_VISIBLE:
+            fewest = yield turns, scale
+            if fewest >= LEAST_VISIBLE:
                 return turns, scale
             scale *= 1.5
     return turns, scale
 
 
+def lattices_of(c: StillConditions) -> tuple[list[np.ndarray], float]:
+    """(orientations, photons of a mean low-angle reflection per lattice) of a shot."""
+    level = profile(c)
+    looking = search(c)
+    turns, scale = next(looking)
+    while True:
+        try:
+            turns, scale = looking.send(min(_visible(c, turn, scale, level) for turn in turns))
+        except StopIteration as found:
+            return found.value
+
+
 def _visible(c: StillConditions, turn: np.ndarray, scale: float, level: np.ndarray) -> int:
-    spots = _spots(c, turn, scale, c.quadrant)
-    sign = _SIGNS[c.quadrant]
+    spots = spots_of(c, turn, scale, c.quadrant)
+    sign = SIGNS[c.quadrant]
     reach = c.reach * SIDE_PX * c.pool * c.pixel_size_m
     x, y = sign[0] * spots.x_m_N, sign[1] * spots.y_m_N
     radius = np.hypot(x, y)
     inside = (x > 0) & (y > 0) & (x < reach) & (y < reach) & (radius > 1.3 * c.beam_stop_m)
     if c.layout:            # on a panel, not in a gap
         row, column = ((axis[inside] / c.pixel_size_m).astype(int) for axis in (y, x))
-        inside[inside] = _panels(c, sign)[row, column] >= 0
+        inside[inside] = panels_under(c, sign)[row, column] >= 0
     return int((inside & _seen(c, spots.photons_N, radius, level)).sum())
 
 
@@ -117,24 +136,29 @@ def _seen(c: StillConditions, photons_N: np.ndarray, radius_m_N: np.ndarray,
     return photons_N / noise >= VISIBLE_SNR
 
 
-def _spots(c: StillConditions, turn: np.ndarray, scale: float, quadrant: str) -> Spots:
-    extra = label_B_A2(c.d_A) - c.crystal.wilson_B_A2
+def reach_A(c: StillConditions, scale: float) -> float:
+    """|q| in 1/A out to which reflections are looked for."""
     corner = np.sqrt(2) * SIDE_PX * c.pool * c.pixel_size_m
     # beyond this |q| not even the strongest reflections have 0.3 photons
     faint = np.sqrt(2 * np.log(max(scale * 2.2 * 12 / 0.3, 2.0)) / label_B_A2(c.d_A))
-    q_max = min(float(c.inverse_d_A(np.array(corner))) + 0.02, faint)
-    table = excited(c.crystal, turn, k=1 / c.wavelength_A, q_max=q_max, bandwidth=c.bandwidth,
-                    sector=_SIGNS[quadrant])
+    return min(float(c.inverse_d_A(np.array(corner))) + 0.02, faint)
+
+
+def spots_of(c: StillConditions, turn: np.ndarray, scale: float, quadrant: str = "") -> Spots:
+    """Spots of one lattice on a quadrant or just beside it; "": on all of them."""
+    extra = label_B_A2(c.d_A) - c.crystal.wilson_B_A2
+    table = excited(c.crystal, turn, k=1 / c.wavelength_A, q_max=reach_A(c, scale),
+                    bandwidth=c.bandwidth, sector=SIGNS.get(quadrant))
     spots = predict(table, turn, photon_energy_eV=c.photon_energy_eV, distance_m=c.distance_m,
                     domain_A=c.crystal.domain_A,
                     mosaicity_rad=np.deg2rad(c.crystal.mosaicity_deg), bandwidth=c.bandwidth,
                     scale=scale, extra_B_A2=extra)
-    return spots.take(spots.photons_N > 0.3)
+    return spots.take(spots.photons_N > LEAST_PHOTONS)
 
 
 # --- the background -------------------------------------------------------------------------------
 
-def _profile(c: StillConditions) -> np.ndarray:
+def profile(c: StillConditions) -> np.ndarray:
     """Expected background photons per pixel at radii of 0, 1/2, 1, ... detector pixels."""
     steps = int(2 * np.sqrt(2) * SIDE_PX * c.pool) + 4
     radius = (np.arange(steps) + 0.5) * 0.5 * c.pixel_size_m
@@ -169,7 +193,7 @@ def _polar(side: int) -> tuple[np.ndarray, np.ndarray]:
 def _background(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
     """Expected background of a quadrant as the beam sees it: row along |y|, column along |x|."""
     side = SIDE_PX * c.pool
-    level = _profile(c)
+    level = profile(c)
     if any(c.tilt_deg):
         index, horizontal = _tilted_polar(c, sign, len(level) - 1)
     else:
@@ -193,7 +217,7 @@ def _tilted_polar(c: StillConditions, sign: tuple[int, int],
     return np.minimum(index, last), (x * x / radius2).astype(np.float32)
 
 
-def _grains(c: StillConditions, rng: np.random.Generator) -> Spots:
+def grains(c: StillConditions, rng: np.random.Generator) -> Spots:
     """Spots of ice grains and salt, anywhere on their rings."""
     kinds = [(d, 20.0) for d in rng.choice(ICE_D_A[:6], c.ice_spots if c.ice else 0)]
     kinds += [(d, 2000.0) for d in rng.choice(SALT_D_A, c.salt_spots)]
@@ -213,39 +237,63 @@ def _grains(c: StillConditions, rng: np.random.Generator) -> Spots:
 def _quadrant(c: StillConditions, quadrant: str, lattices: list[np.ndarray],
               scale: float) -> tuple[np.ndarray, np.ndarray, int]:
     """(photons_SF, good_SF, visible spots) of a quadrant, row 0 on top."""
-    sign = _SIGNS[quadrant]
-    code = list(c.preset.encode())
-    rng = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, ord(quadrant), *code])
-    shared = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *code])
-    p, side = c.pixel_size_m, SIDE_PX * c.pool
-    expected = _background(c, sign)
-    along = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(p / 0.1)
-    expected *= np.maximum(1 + c.slope[0] * sign[0] * along[None, :]
-                           + c.slope[1] * sign[1] * along[:, None], np.float32(0.1))
-    spots = Spots.join([*(_spots(c, turn, scale, quadrant) for turn in lattices),
-                        _grains(c, shared)])
-    x, y = spots.x_m_N, spots.y_m_N
-    if any(c.tilt_deg):
-        x, y = stills_panels.on_tilted(c.tilt_deg, c.distance_m, x, y)
-    x = sign[0] * (x / p + c.center_jitter_px[0])
-    y = sign[1] * (y / p + c.center_jitter_px[1])
-    near = (x > -12) & (x < side + 12) & (y > -12) & (y < side + 12)
-    spots, x, y = spots.take(near), x[near], y[near]
-    _paint(c, expected, spots, x, y)
-    if c.streak_photons:
-        jet = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *code, 2])
-        expected += stills_panels.streak(jet, c.streak_photons, sign, side)
-    good = _good(c, quadrant)
-    if c.shadow < 1:
-        _cast_shadow(c, shared, sign, expected, good)
-    seen = int((_seen(c, spots.photons_N, np.hypot(x, y) * p, _profile(c)) & (x > 0) & (y > 0)
-                & (x < c.reach * side) & (y < c.reach * side)).sum())
+    sign = SIGNS[quadrant]
+    rng = np.random.default_rng([c.seed, c.run, c.event, _PIXELS, ord(quadrant),
+                                 *c.preset.encode()])
+    expected, good, seen = _expected(c, quadrant, lattices, scale)
     photons = _detect(c, quadrant, rng, expected)
     if c.layout:
         _differ_by_panel(c, sign, photons)
     photons[~good] = 0
     turned = (slice(None, None, -sign[1]), slice(None, None, sign[0]))
     return np.ascontiguousarray(photons[turned]), np.ascontiguousarray(good[turned]), seen
+
+
+def expected_quadrant(c: StillConditions, quadrant: str = "") -> tuple[np.ndarray, np.ndarray, int]:
+    """(expected photons float32, good pixels, visible spots) as the beam sees a quadrant.
+
+    Before counting and the detector's errors; beam at pixel (0, 0).
+    """
+    return _expected(c, quadrant or c.quadrant, *lattices_of(c))
+
+
+def _expected(c: StillConditions, quadrant: str, lattices: list[np.ndarray],
+              scale: float) -> tuple[np.ndarray, np.ndarray, int]:
+    sign = SIGNS[quadrant]
+    shared = shared_rng(c)
+    p, side = c.pixel_size_m, SIDE_PX * c.pool
+    expected = _background(c, sign)
+    along = (np.arange(side, dtype=np.float32) + 0.5) * np.float32(p / 0.1)
+    expected *= np.maximum(1 + c.slope[0] * sign[0] * along[None, :]
+                           + c.slope[1] * sign[1] * along[:, None], np.float32(0.1))
+    spots = Spots.join([*(spots_of(c, turn, scale, quadrant) for turn in lattices),
+                        grains(c, shared)])
+    x, y = spots.x_m_N, spots.y_m_N
+    if any(c.tilt_deg):
+        x, y = stills_panels.on_tilted(c.tilt_deg, c.distance_m, x, y)
+    x = sign[0] * (x / p + c.center_jitter_px[0])
+    y = sign[1] * (y / p + c.center_jitter_px[1])
+    near = (x > -NEAR_PX) & (x < side + NEAR_PX) & (y > -NEAR_PX) & (y < side + NEAR_PX)
+    spots, x, y = spots.take(near), x[near], y[near]
+    _paint(c, expected, spots, x, y)
+    if c.streak_photons:
+        expected += stills_panels.streak(jet_rng(c), c.streak_photons, sign, side)
+    good = _good(c, quadrant)
+    if c.shadow < 1:
+        _cast_shadow(c, draw_shadow(c, shared), sign, expected, good)
+    seen = int((_seen(c, spots.photons_N, np.hypot(x, y) * p, profile(c)) & (x > 0) & (y > 0)
+                & (x < c.reach * side) & (y < c.reach * side)).sum())
+    return expected, good, seen
+
+
+def shared_rng(c: StillConditions) -> np.random.Generator:
+    """Random numbers that all quadrants of a shot share: first grains, then the shadow."""
+    return np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *c.preset.encode()])
+
+
+def jet_rng(c: StillConditions) -> np.random.Generator:
+    """Random numbers of the jet's streak."""
+    return np.random.default_rng([c.seed, c.run, c.event, _PIXELS, *c.preset.encode(), 2])
 
 
 def _paint(c: StillConditions, expected: np.ndarray, spots: Spots, x: np.ndarray,
@@ -261,7 +309,7 @@ def _paint(c: StillConditions, expected: np.ndarray, spots: Spots, x: np.ndarray
     covariance = a * radial[:, None] * radial[None] + b * across[:, None] * across[None]
     covariance = np.moveaxis(covariance, 2, 0) + c.spot_sigma_px ** 2 * np.eye(2)
     wide = np.sqrt(np.maximum(a, b) + c.spot_sigma_px ** 2)
-    for low, high, half in ((0.0, 1.3, 4), (1.3, 2.2, 6), (2.2, 99.0, 12)):
+    for low, high, half in PATCHES:
         chosen = (wide >= low) & (wide < high)
         paint(expected, x[chosen] - 0.5, y[chosen] - 0.5, spots.photons_N[chosen],
               covariance[chosen], half=half)
@@ -270,13 +318,11 @@ def _paint(c: StillConditions, expected: np.ndarray, spots: Spots, x: np.ndarray
 def _good(c: StillConditions, quadrant: str) -> np.ndarray:
     """Pixels that exist and work, in the beam's view; the same for all events of a run."""
     side = SIDE_PX * c.pool
-    sign = _SIGNS[quadrant]
-    good = _panels(c, sign) >= 0 if c.layout else _between_gaps(c, sign)
+    sign = SIGNS[quadrant]
+    good = panels_under(c, sign) >= 0 if c.layout else _between_gaps(c, sign)
     reach = int(c.reach * side)
     good[reach:], good[:, reach:] = False, False
-    own = np.random.default_rng([c.seed, c.run, _DETECTOR, ord(quadrant)])
-    dead = own.integers(side * side, size=own.poisson(c.dead_fraction * side * side))
-    good.reshape(-1)[dead] = False
+    good.reshape(-1)[dead_pixels(c, quadrant)] = False
     index, _ = _polar(side)
     stop = int(c.beam_stop_m / c.pixel_size_m) + 1
     corner = index[:stop, :stop]
@@ -284,55 +330,90 @@ def _good(c: StillConditions, quadrant: str) -> np.ndarray:
     return good
 
 
+def dead_pixels(c: StillConditions, quadrant: str) -> np.ndarray:
+    """Flat indices of a quadrant's dead pixels."""
+    side = SIDE_PX * c.pool
+    own = np.random.default_rng([c.seed, c.run, _DETECTOR, ord(quadrant)])
+    return own.integers(side * side, size=own.poisson(c.dead_fraction * side * side))
+
+
 def _between_gaps(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
     """False in the straight gaps of a mosaic of equal panels."""
+    rows, columns = straight_gaps(c, sign)
+    return ~(rows[:, None] | columns[None, :])
+
+
+def straight_gaps(c: StillConditions, sign: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of a quadrant that lie in a gap of the mosaic, bool."""
     side, one = SIDE_PX * c.pool, DETECTORS[c.detector]
     rng = np.random.default_rng([c.seed, c.run, _DETECTOR])
-    good = np.ones((side, side), bool)
+    found = []
     for axis in (0, 1):
         period = one.panel_px[axis] + one.gap_px[axis]
         offset = int(rng.integers(period))
         # pixel numbers of the whole detector, 0 just beyond the beam towards +x or -y
         number = np.arange(side) if (sign[0] > 0 if axis else sign[1] < 0) \
             else -1 - np.arange(side)
-        gap = (number + offset) % period < one.gap_px[axis]
-        good &= ~(gap[None, :] if axis else gap[:, None])
-    return good
+        found.append((number + offset) % period < one.gap_px[axis])
+    return found[0], found[1]
 
 
-def _panels(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
+def panels_under(c: StillConditions, sign: tuple[int, int]) -> np.ndarray:
     """Number of the panel under each pixel, -1 = none."""
     return stills_panels.panel_map(c.layout, sign, SIDE_PX * c.pool, c.layout_shift_m)
 
 
-def _differ_by_panel(c: StillConditions, sign: tuple[int, int], photons: np.ndarray) -> None:
-    """Gain errors and common mode of whole panels, and the largest value; in place."""
-    panels = _panels(c, sign)
-    count = int(panels.max(initial=-1)) + 2         # the last: no panel
+def panel_faults(c: StillConditions, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """(gain, common mode in photons) of ``count`` panels, float32; a last one for no panel."""
     gains = np.random.default_rng([c.seed, c.run, _DETECTOR, 3])
     event = np.random.default_rng([c.seed, c.run, c.event, _DETECTOR, 4])
     # drawn for more panels than a quadrant has, so that all quadrants see the same
     gain = (1 + c.panel_gain * gains.standard_normal(512)).astype(np.float32)
     common = (c.common_mode_photons * event.standard_normal(512)).astype(np.float32)
-    photons *= np.append(gain[:count - 1], np.float32(1))[panels]
-    photons += np.append(common[:count - 1], np.float32(0))[panels]
+    return np.append(gain[:count], np.float32(1)), np.append(common[:count], np.float32(0))
+
+
+def _differ_by_panel(c: StillConditions, sign: tuple[int, int], photons: np.ndarray) -> None:
+    """Gain errors and common mode of whole panels, and the largest value; in place."""
+    panels = panels_under(c, sign)
+    gain, common = panel_faults(c, int(panels.max(initial=-1)) + 1)
+    photons *= gain[panels]
+    photons += common[panels]
     if c.saturation_photons:
         np.minimum(photons, np.float32(c.saturation_photons), out=photons)
 
 
-def _cast_shadow(c: StillConditions, rng: np.random.Generator, sign: tuple[int, int],
-                 expected: np.ndarray, good: np.ndarray) -> None:
-    """Half a plane behind an edge (a nozzle, a beam-stop arm); opaque ones may be masked."""
-    angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.4, 0.95) * len(expected)
+@dataclass(frozen=True)
+class Shadow:
+    """Half a plane, or a strip, behind an edge ``far_px`` from the beam."""
+
+    angle: float
+    far_px: float
+    masked: bool
+    width_px: float         # 0: all of the half plane
+
+
+def draw_shadow(c: StillConditions, rng: np.random.Generator) -> Shadow:
+    """The shadow of a nozzle or a beam-stop arm; ``rng`` is :func:`shared_rng` after grains."""
+    angle = rng.uniform(0, 2 * np.pi)
+    far = rng.uniform(0.4, 0.95) * (SIDE_PX * c.pool)
     masked = rng.random() < 0.5
+    width = rng.uniform(10, 80) * c.pool if rng.random() < 0.5 else 0.0
+    return Shadow(angle, far, masked, width)
+
+
+def _cast_shadow(c: StillConditions, shadow: Shadow, sign: tuple[int, int],
+                 expected: np.ndarray, good: np.ndarray) -> None:
+    """Dims what is behind the edge; opaque shadows may be masked."""
     step = np.arange(len(expected), dtype=np.float32)
-    depth = (np.float32(np.cos(angle) * sign[0]) * step[None, :]
-             + np.float32(np.sin(angle) * sign[1]) * step[:, None]) - np.float32(far)
+    depth = (np.float32(np.cos(shadow.angle) * sign[0]) * step[None, :]
+             + np.float32(np.sin(shadow.angle) * sign[1]) * step[:, None]
+             ) - np.float32(shadow.far_px)
     behind = depth > 0
-    if rng.random() < 0.5:
-        behind &= depth < np.float32(rng.uniform(10, 80) * c.pool)
+    if shadow.width_px:
+        behind &= depth < np.float32(shadow.width_px)
     expected[behind] *= np.float32(c.shadow)
-    if masked and c.shadow == 0:
+    if shadow.masked and c.shadow == 0:
         good[behind] = False
 
 

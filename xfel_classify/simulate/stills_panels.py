@@ -18,7 +18,7 @@ from ..core import ConfigurationError, Geometry
 from ..detectors import default_geometry, detector, read_geometry
 
 __all__ = ["LAYOUTS", "layout_geometry", "layout_pools", "on_tilted", "panel_map", "seen_from",
-           "streak"]
+           "streak", "streak_shape", "tilt_axes"]
 
 LAYOUTS = ("jungfrau:8", "jungfrau:2", "epix10ka:16", "cspad:32")
 SIDE_PX = 512
@@ -88,7 +88,7 @@ def panel_map(layout: str, signs: tuple[int, int], side_px: int,
 
 # --- tilt ------------------------------------------------------------------------------------
 
-def _axes(tilt_deg: tuple[float, float]) -> np.ndarray:
+def tilt_axes(tilt_deg: tuple[float, float]) -> np.ndarray:
     """Columns: the detector's x and y axis and its normal, turned about x, then about y."""
     a, b = np.deg2rad(tilt_deg)
     about_x = np.array([[1, 0, 0], [0, np.cos(a), -np.sin(a)], [0, np.sin(a), np.cos(a)]])
@@ -99,7 +99,7 @@ def _axes(tilt_deg: tuple[float, float]) -> np.ndarray:
 def on_tilted(tilt_deg: tuple[float, float], distance_m: float, x_m: np.ndarray,
               y_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where rays that would meet an upright detector at (x, y) meet a tilted one, in its axes."""
-    axes = _axes(tilt_deg)
+    axes = tilt_axes(tilt_deg)
     normal = axes[:, 2]
     stretch = distance_m * normal[2] / (normal[0] * x_m + normal[1] * y_m
                                         + normal[2] * distance_m)
@@ -110,7 +110,7 @@ def on_tilted(tilt_deg: tuple[float, float], distance_m: float, x_m: np.ndarray,
 def seen_from(tilt_deg: tuple[float, float], distance_m: float, u_m: np.ndarray,
               v_m: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Where an upright detector would have what lies at (u, v) of a tilted one."""
-    axes = _axes(tilt_deg)
+    axes = tilt_axes(tilt_deg)
     x, y, z = (axes[i, 0] * u_m + axes[i, 1] * v_m for i in range(3))
     stretch = distance_m / (distance_m + z)
     return stretch * x, stretch * y
@@ -118,11 +118,16 @@ def seen_from(tilt_deg: tuple[float, float], distance_m: float, u_m: np.ndarray,
 
 # --- the jet --------------------------------------------------------------------------------
 
+def streak_shape(rng: np.random.Generator) -> tuple[float, float, float]:
+    """A draw of (angle against x in radians, reach along it, width) of a streak, in pixels."""
+    angle = rng.normal(0, 0.2) + (np.pi / 2 if rng.random() < 0.5 else 0)
+    return angle, rng.uniform(15, 80), rng.uniform(1.0, 4.0)
+
+
 def streak(rng: np.random.Generator, photons: float, signs: tuple[int, int],
            side_px: int) -> np.ndarray:
     """A streak of the jet through the beam, float32 (side, side): a line that falls off."""
-    angle = rng.normal(0, 0.2) + (np.pi / 2 if rng.random() < 0.5 else 0)
-    reach, width = rng.uniform(15, 80), rng.uniform(1.0, 4.0)
+    angle, reach, width = streak_shape(rng)
     step = np.arange(side_px, dtype=np.float32) + np.float32(0.5)
     x, y = signs[0] * step[None, :], signs[1] * step[:, None]
     across = x * np.float32(np.sin(angle)) - y * np.float32(np.cos(angle))

@@ -1,9 +1,9 @@
 """Simulated runs as LCLS-II data: xtc2 files and their small-data index, for the real psana2.
 
 Everything is written with psana's own ``DgramEdit``.  A run has one stream of scalars (run info,
-gas detector, electron beam, step, detector distance) and one or more streams of Jungfrau
-segments.  The small-data file of a stream repeats its transitions and holds, for every event, the
-place of the event in the big file.
+gas detector, electron beam, step, detector distance) and one or more streams of the segments of a
+Jungfrau, or of an ePix10ka with the control bits of its configuration.  The small-data file of a
+stream repeats its transitions and holds, for every event, the place of the event in the big file.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from ..core import ConfigurationError, MissingDependency
 from ..detectors import save_constants
+from .raw_epix10ka import Epix10kaRun
 from .raw_runs import START_S, RawRun, RunFiles, TruthFile
 
 __all__ = ["write_xtc2_run"]
@@ -40,6 +41,18 @@ class _Record:
 
 def _floats(*names: str) -> dict[str, tuple[Any, int]]:
     return {name: (np.float64, 0) for name in names}
+
+
+def _segment_records(kind: str, segment: int) -> list[_Record]:
+    """What a stream holds of one segment; psana knows detectors by these names and versions."""
+    if kind == "jungfrau":
+        return [_Record(kind, kind, f"seg{segment:04d}", "raw", (0, 1, 0), {"raw": (np.uint16, 3)},
+                        segment)]
+    return [_Record(kind, kind, f"seg{segment:04d}", "raw", (3, 0, 1), {"raw": (np.uint16, 2)},
+                    segment),
+            _Record(kind, kind, f"seg{segment:04d}", "config", (3, 0, 0), {
+                "cbitsConfig": (np.uint8, 2), "asicPixelConfig": (np.uint8, 3),
+                "trbit": (np.uint8, 1)}, segment)]
 
 
 _RUNINFO = _Record("runinfo", "runinfo", "", "runinfo", (0, 0, 1),
@@ -77,7 +90,8 @@ class _File:
                 AlgDef(record.alg, *record.version), dict(record.fields),
                 nodeId=_SMALL_DATA_NODE if last else 1, namesId=0 if last else number,
                 segment=record.segment)
-            self._boxes[record.name, record.segment] = getattr(detector, record.alg)
+            key = f"{record.name}/config" if record.alg == "config" else record.name
+            self._boxes[key, record.segment] = getattr(detector, record.alg)
         self.path = path
         self._file = path.with_name(path.name + ".tmp").open("wb")
         self.offset = 0
@@ -115,8 +129,9 @@ class _Stream:
 
     def __init__(self, directory: Path, stem: str, records: list[_Record], room: int) -> None:
         self.big = _File(directory / f"{stem}.xtc2", records, room)
+        configured = sum(record.alg == "config" for record in records)
         self.small = _File(directory / "smalldata" / f"{stem}.smd.xtc2", [*records, _OFFSETS],
-                           1 << 20)
+                           (1 + configured) << 20)
 
     def transition(self, service: str, stamp: int,
                    content: Mapping[tuple[str, int], Mapping[str, Any]] | None = None) -> None:
@@ -150,7 +165,7 @@ def write_xtc2_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
         raise MissingDependency(f"xtc2 files are written with psana2, which cannot be imported "
                                 f"({error}); pip install 'xfel-classify[psana]', or write HDF5 "
                                 "files instead") from error
-    if run.kind != "jungfrau":
+    if run.kind not in ("jungfrau", "epix10ka"):
         raise ConfigurationError(f"an xtc2 run of detector {run.kind!r} was asked for; psana2 has "
                                  "no reader for it; simulate a jungfrau, or write HDF5 files")
     if not 1 <= streams <= run.segments:
@@ -161,8 +176,7 @@ def write_xtc2_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
     stem = f"{exp}-r{run.conditions.run:04d}"
     shares = np.array_split(np.arange(run.segments), streams)
     layouts = [list(_SCALARS)] + [
-        [_RUNINFO, *(_Record("jungfrau", "jungfrau", f"seg{s:04d}", "raw", (0, 1, 0),
-                             {"raw": (np.uint16, 3)}, int(s)) for s in share)]
+        [_RUNINFO, *(one for s in share for one in _segment_records(run.kind, int(s)))]
         for share in shares]
     panel_bytes = 2 * run.shape[1] * run.shape[2]
     written = [_Stream(directory, f"{stem}-s{i:03d}-c000", records,
@@ -180,7 +194,11 @@ def write_xtc2_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
     def just_before_the_run() -> int:
         return ((START_S - 1) << 32) | (next(clock) * 1000)
 
-    everywhere("Configure", just_before_the_run())
+    configured = just_before_the_run()
+    for share, stream in zip([shares[0][:0], *shares], written, strict=True):
+        stream.transition("Configure", configured, {
+            (f"{run.kind}/config", int(s)): _camera(run.control_PSF[s])
+            for s in share if isinstance(run, Epix10kaRun)})
     everywhere("BeginRun", just_before_the_run(), both={
         ("runinfo", 0): {"expt": exp, "runnum": run.conditions.run}})
     bounds = np.linspace(0, events, steps + 1).round().astype(int)
@@ -194,7 +212,7 @@ def write_xtc2_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
             "detector_z": 1000 * run.conditions.distance_m,
             "photon_energy_set": run.conditions.photon_energy_eV}})
         for event in run.events(range(bounds[step], bounds[step + 1])):
-            _write_event(written, shares, event)
+            _write_event(written, shares, event, run.kind)
             truth.add(event)
             last = event.timestamp
             progress(event.index + 1)
@@ -205,11 +223,18 @@ def write_xtc2_run(directory: Path | str, run: RawRun, events: int, *, exp: str,
     for stream in written:
         stream.close()
     constants = directory / "constants.h5"
-    save_constants(constants, "jungfrau", run.constants())
+    save_constants(constants, run.kind, run.constants())
     return RunFiles(tuple(stream.big.path for stream in written), constants, truth.write())
 
 
-def _write_event(streams: list[_Stream], shares: list[np.ndarray], event: Any) -> None:
+def _camera(control_SF: np.ndarray) -> dict[str, np.ndarray]:
+    """Configuration of an ePix10ka panel whose pixels have these control bits."""
+    return {"cbitsConfig": control_SF,
+            "asicPixelConfig": np.full((4, 178, 192), control_SF[0, 0] & 0xF, np.uint8),
+            "trbit": np.full(4, control_SF[0, 0] >> 4, np.uint8)}
+
+
+def _write_event(streams: list[_Stream], shares: list[np.ndarray], event: Any, kind: str) -> None:
     pulse, energy = event.truth.pulse_energy_mJ, event.truth.photon_energy_eV
     gas = dict(zip(_GAS, (pulse, pulse, 0.9 * pulse, 0.9 * pulse, 0.01 * pulse, 0.01 * pulse),
                    strict=True))
@@ -221,5 +246,6 @@ def _write_event(streams: list[_Stream], shares: list[np.ndarray], event: Any) -
         return
     for share, stream in zip(shares, streams[1:], strict=True):
         stream.event(event.timestamp, {
-            ("jungfrau", int(s)): {"raw": event.raw_PSF[s:s + 1]} for s in share},
+            (kind, int(s)): {"raw": event.raw_PSF[s:s + 1] if kind == "jungfrau"
+                             else event.raw_PSF[s]} for s in share},
             damage=DAMAGE_OUT_OF_SYNC if event.damaged else 0)
