@@ -220,15 +220,15 @@ def test_the_score_names_the_order(order):
 
 def test_labels_choose_the_classes_with_the_best_f1():
     """Rare singles: no class holds a majority of them, and still the best two are chosen."""
-    from xfel_classify.learn.em_runs import _best_by_labels
+    from xfel_classify.learn.em_runs import best_by_labels
 
     class_N = np.repeat([0, 1, 2, 3], [20, 100, 20, 5])
     label_N = np.zeros(145, int)
     label_N[:8] = label_N[120:127] = 1          # 8 of 20 in class 0, 7 of 20 in class 2
     label_N[20] = 1                             # 1 of 100 in class 1
     label_N[140:] = -1
-    assert _best_by_labels(class_N, label_N, 4).tolist() == [True, False, True, False]
-    assert not _best_by_labels(class_N, np.zeros(145, int), 4).any()
+    assert best_by_labels(class_N, label_N, 4).tolist() == [True, False, True, False]
+    assert not best_by_labels(class_N, np.zeros(145, int), 4).any()
 
 
 def test_orders_are_checked():

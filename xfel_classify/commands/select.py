@@ -23,6 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", default="none", metavar="LOW,HIGH",
                         help="diameters in nm that are kept, as 55,84, by the fit of a sphere "
                              "(default: none, all are)")
+    parser.add_argument("--fine", type=float, default=0.0, metavar="SHARE",
+                        help="leave out frames with more than this share of their structure finer "
+                             "than a particle of the largest --size can make: several particles "
+                             "at a distance; 0.2 is a good start (default: 0, none are)")
     parser.add_argument("--classes-per-run", type=int, default=20, metavar="K",
                         help="default: 20")
     parser.add_argument("--rotations", type=int, default=100, metavar="R", help="default: 100")
@@ -104,7 +108,7 @@ def execute(args: argparse.Namespace) -> int:
             found = sort_frames(
                 frames, settings, args.runs,
                 size_range_nm=None if size is None else (size[0], size[1]),
-                inner=args.inner / frames.pool, report=progress)
+                fine_most=args.fine, inner=args.inner / frames.pool, report=progress)
     progress("")
     label_N = None if args.labels is None else some_labels(
         frames.index_N, frames.timestamp_N, path=args.labels, column=args.label_column,

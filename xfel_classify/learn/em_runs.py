@@ -1,6 +1,7 @@
 """Selection of single hits by several EM runs: size, classes, choice, vote, output.
 
-Frames outside the range of diameters are left out; each run of EM sorts the rest into classes;
+Frames outside the range of diameters are left out, and those with structure finer than one
+particle can make (ours; the study has no such filter); each run of EM sorts the rest into classes;
 classes are chosen by symmetry, by a few labels, or by hand; a frame is selected when enough runs
 put it into a chosen class [ASS20; methods specification, section 3].
 
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import h5py
 import numpy as np
@@ -25,12 +26,20 @@ from .em_selection import EmSettings, em_classes, prepared
 from .event_selections import event_lists, new_directory
 from .gallery_page import Group, gallery_page, tile
 from .selection_table import votes
-from .size_filter import SphereFit, fit_spheres, minima_px, ring_photons
+from .size_filter import (
+    SphereFit,
+    fine_share,
+    fit_spheres,
+    hot_elements,
+    minima_px,
+    ring_photons,
+    speckle_elements,
+)
 from .small_frames import SmallFrames
 from .symmetry_score import chosen_by_symmetry
 
-__all__ = ["FORMAT", "Choice", "EmSelection", "choose", "read_classes", "sizes_of", "sort_frames",
-           "write_selection"]
+__all__ = ["FORMAT", "Choice", "EmSelection", "best_by_labels", "choose", "fine_of",
+           "read_classes", "sizes_of", "sort_frames", "write_selection"]
 
 FORMAT = "xfel_classify EM selection"
 CHOICES = ("symmetry", "labels", "hand")
@@ -57,8 +66,10 @@ class Choice:
 class EmSelection:
     """All runs of EM over one run of frames.
 
-    ``candidate_N`` has the right size; ``class_TN`` is -1 elsewhere; ``averages_TKGG`` are the
-    class averages; ``chosen_TK``, ``score_TKM`` and ``selected_N`` come with :func:`choose`.
+    ``candidate_N`` has the right size, and less than ``fine_most`` of its structure is finer than
+    that of one particle (``fine_N``, None where nobody asked); ``class_TN`` is -1 elsewhere;
+    ``averages_TKGG`` are the class averages; ``chosen_TK``, ``score_TKM`` and ``selected_N`` come
+    with :func:`choose`.
     """
 
     frames: SmallFrames = field(repr=False)
@@ -74,6 +85,8 @@ class EmSelection:
     chosen_TK: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), bool))
     score_TKM: np.ndarray = field(default_factory=lambda: np.zeros((0, 0, 0)))
     selected_N: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    fine_N: np.ndarray | None = None
+    fine_most: float = 0.0
 
     @property
     def runs(self) -> int:
@@ -82,6 +95,31 @@ class EmSelection:
 
 def sizes_of(frames: SmallFrames) -> SphereFit:
     """Diameters of all frames.  Raises :class:`ConfigurationError` without distance or energy."""
+    rings = ring_photons(frames.images_NHW, frames.good_HW, frames.beam_RC, frames.pool)
+    return fit_spheres(*rings, **geometry_of(frames))
+
+
+def fine_of(frames: SmallFrames, largest_nm: float) -> np.ndarray:
+    """(N,) share of structure finer than that of a particle of ``largest_nm``: see
+    :func:`.size_filter.fine_share`.  Hot pixels are left out."""
+    hot_HW = hot_elements(frames.images_NHW, frames.good_HW, frames.pool)
+    return fine_share(frames.images_NHW, frames.good_HW & ~hot_HW, frames.beam_RC, frames.pool,
+                      speckle_elements(largest_nm, **geometry_of(frames)))
+
+
+class Optics(TypedDict):
+    """Where elements are and what hits them, as the size filter wants it."""
+
+    element_m: float
+    distance_m: float
+    wavelength_A: float
+
+
+def geometry_of(frames: SmallFrames) -> Optics:
+    """Geometry and wavelength of frames.
+
+    Raises :class:`ConfigurationError` without distance or energy.
+    """
     energy = 0.0 if frames.assumed_energy else frames.photon_energy_eV or 0.0
     if not energy or not frames.distance_m:
         raise ConfigurationError(
@@ -90,17 +128,18 @@ def sizes_of(frames: SmallFrames) -> SphereFit:
             f"{'the' if frames.distance_m else 'no'} detector distance; give both with --set "
             "source.photon_energy_eV=... and --set source.distance_m=..., or keep all sizes with "
             "--size none")
-    rings = ring_photons(frames.images_NHW, frames.good_HW, frames.beam_RC, frames.pool)
-    return fit_spheres(*rings, element_m=frames.element_m, distance_m=frames.distance_m,
-                       wavelength_A=HC_EV_A / energy)
+    return {"element_m": frames.element_m, "distance_m": frames.distance_m,
+            "wavelength_A": HC_EV_A / energy}
 
 
 def sort_frames(frames: SmallFrames, settings: EmSettings, runs: int = 5, *,
                 size_range_nm: tuple[float, float] | None = None,
-                inner: float = 0.0, outer: float = np.inf,
+                fine_most: float = 0.0, inner: float = 0.0, outer: float = np.inf,
                 report: Callable[[str], Any] = lambda line: None) -> EmSelection:
     """``runs`` independent EM runs over the frames of the right size.
 
+    With ``fine_most`` above 0 frames are left out of whose structure a larger share is finer than
+    a particle of the largest size can make, and dark ones; a size range is needed for it.
     ``inner`` and ``outer`` bound the radii that are compared, in elements of the small pictures.
     """
     if runs < 1:
@@ -108,6 +147,13 @@ def sort_frames(frames: SmallFrames, settings: EmSettings, runs: int = 5, *,
     sizes = sizes_of(frames) if size_range_nm is not None else None
     usable_N = frames.images_NHW.sum((1, 2)) > 0
     candidate_N = usable_N & (sizes.within(*size_range_nm) if sizes and size_range_nm else True)
+    fine_N = None
+    if fine_most > 0:
+        if size_range_nm is None:
+            raise ConfigurationError("frames with fine structure were to be left out; what is fine "
+                                     "follows from the largest size: give --size LOW,HIGH")
+        fine_N = fine_of(frames, size_range_nm[1])
+        candidate_N = candidate_N & (fine_N < fine_most)    # False for NaN: dark
     if candidate_N.sum() < settings.classes:
         told = "" if size_range_nm is None else \
             f" with a diameter of {size_range_nm[0]:g} to {size_range_nm[1]:g} nm"
@@ -130,7 +176,8 @@ def sort_frames(frames: SmallFrames, settings: EmSettings, runs: int = 5, *,
         likelihood.append(found.likelihood[-1])
     radii = (max(inner, 1.0), float(min(outer, np.hypot(x, y).max())))
     return EmSelection(frames, settings, sizes, size_range_nm, radii, candidate_N, class_TN,
-                       np.array(averages), np.array(likelihood))
+                       np.array(averages), np.array(likelihood), fine_N=fine_N,
+                       fine_most=fine_most)
 
 
 def choose(found: EmSelection, choice: Choice, label_N: np.ndarray | None = None) -> EmSelection:
@@ -153,7 +200,7 @@ def choose(found: EmSelection, choice: Choice, label_N: np.ndarray | None = None
             if label_N is None:
                 raise ConfigurationError("classes were to be chosen by labels; give them with "
                                          "--labels")
-            chosen_TK[number] = _best_by_labels(found.class_TN[number], label_N, classes)
+            chosen_TK[number] = best_by_labels(found.class_TN[number], label_N, classes)
     if choice.how == "hand":
         for run, number in choice.classes:
             if not (0 <= run < runs and 0 <= number < classes):
@@ -171,7 +218,7 @@ def choose(found: EmSelection, choice: Choice, label_N: np.ndarray | None = None
                    score_TKM=np.array(scores), selected_N=votes(cast, least))
 
 
-def _best_by_labels(class_N: np.ndarray, label_N: np.ndarray, classes: int) -> np.ndarray:
+def best_by_labels(class_N: np.ndarray, label_N: np.ndarray, classes: int) -> np.ndarray:
     """bool (K,): the classes, purest first, whose union has the best F1 on the labelled frames."""
     asked = (label_N >= 0) & (class_N >= 0)
     singles_K = np.bincount(class_N[asked & (label_N == 1)], minlength=classes)
@@ -239,6 +286,7 @@ def _parameters(found: EmSelection) -> dict[str, Any]:
         "runs": found.runs, "frames": len(found.frames), "pool": found.frames.pool,
         "detector": found.frames.detector, "candidates": int(found.candidate_N.sum()),
         "selected": int(found.selected_N.sum()), "size_low_nm": low, "size_high_nm": high,
+        "fine_most": found.fine_most,
         "inner": found.radii[0], "outer": found.radii[1],
         "xfel_classify_version": version("xfel-classify")}
 
@@ -287,6 +335,9 @@ def _write_file(file: h5py.File, found: EmSelection, parameters: dict[str, Any],
         rows += [("diameter_nm", found.sizes.diameter_nm_N.astype(np.float32),
                   "of the sphere that fits best"),
                  ("size_misfit", found.sizes.misfit_N.astype(np.float32), "chi squared per ring")]
+    if found.fine_N is not None:
+        rows += [("fine_share", found.fine_N.astype(np.float32),
+                  "of the structure, finer than one particle makes")]
     for name, values, doc in rows:
         write_array(file, name, values, doc=doc)
 
@@ -314,6 +365,8 @@ def read_classes(path: str | Path, frames: SmallFrames) -> EmSelection:
             low, high = float(told["size_low_nm"]), float(told["size_high_nm"])
             sizes = SphereFit(file["diameter_nm"][()], file["size_misfit"][()]) \
                 if "diameter_nm" in file else None
+            fine_N = file["fine_share"][()] if "fine_share" in file else None
+            fine_most = float(told.get("fine_most", 0.0))
             index_N, class_NT = file["index"][()], file["class"][()]
             averages, likelihood = file["em/averages"][()], file["em/likelihood"][()]
             radii = (float(told["inner"]), float(told["outer"]))
@@ -324,7 +377,8 @@ def read_classes(path: str | Path, frames: SmallFrames) -> EmSelection:
         raise ConfigurationError(f"the classes of {path} are of {len(index_N)} other frames; give "
                                  "the frames that they were made from")
     return EmSelection(frames, settings, sizes, (low, high) if high else None, radii,
-                       class_NT.max(1) >= 0, class_NT.T.astype(np.int64), averages, likelihood)
+                       class_NT.max(1) >= 0, class_NT.T.astype(np.int64), averages, likelihood,
+                       fine_N=fine_N, fine_most=fine_most)
 
 
 def parse_classes(text: str) -> Sequence[tuple[int, int]]:

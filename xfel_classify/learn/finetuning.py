@@ -46,6 +46,7 @@ from .labelled_frames import (
     divide,
 )
 from .labels import HIT, Labels
+from .prototypes import prototype_layer
 from .recipes import Augment
 
 __all__ = ["Finetuned", "Settings", "finetune"]
@@ -60,13 +61,15 @@ CHECK_TOLERANCE = 1e-4              # of the graph in torch against the model's 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is adapted.  ``patience`` is in epochs without a better choice part."""
+    """How a model is adapted.  ``patience`` is in epochs without a better choice part; with
+    ``prototypes`` only the last layer changes, in closed form (:mod:`.prototypes`)."""
 
     epochs: int = 16
     learning_rate: float = 1e-3
     patience: int = 5
     seed: int = 0
     threads: int = 1
+    prototypes: bool = False
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or not 0 < self.learning_rate < 1 or self.threads < 1:
@@ -144,13 +147,17 @@ def finetune(base: Model | str | Path, frames: LabelledFrames, labels: Labels, t
         report(f"{part}: {len(chosen)} frames, {int((chosen == HIT).sum())} hits")
     report(f"parts are dealt in {blocks} blocks of neighbouring events, seed {settings.seed}")
     weights, before_N = graph.snapshot(), graph.scores(frames.images_NHW)
-    best_epoch, history = _learn(graph, frames, part_N, settings, before_N, report)
-    after_N = graph.scores(frames.images_NHW) if best_epoch else before_N
     known = part_N != HELD_BACK
+    if settings.prototypes:
+        best_epoch, history, told_N = _take_prototypes(graph, frames, known, report)
+    else:
+        best_epoch, history = _learn(graph, frames, part_N, settings, before_N, report)
+    after_N = graph.scores(frames.images_NHW) if best_epoch else before_N
     threshold = task.threshold
     if best_epoch:
-        threshold, _ = choose_threshold(after_N[known], frames.label_N[known],
-                                        np.zeros(known.sum()), pseudo_events=0.0)
+        threshold, _ = choose_threshold(told_N if settings.prototypes else after_N[known],
+                                        frames.label_N[known], np.zeros(known.sum()),
+                                        pseudo_events=0.0)
     kept = part_N == HELD_BACK
     truth_N = frames.label_N[kept]
     before = score_run(f"before: {base.name} {base.version}, threshold {task.threshold:g}",
@@ -165,6 +172,8 @@ def finetune(base: Model | str | Path, frames: LabelledFrames, labels: Labels, t
                  history, command)
     if not gained:
         graph.restore(weights)
+    elif settings.prototypes:       # what was held back has told what it had to tell
+        _take_prototypes(graph, frames, np.ones(len(frames), bool), report)
     model = _write(graph, gained, card, target)
     return Finetuned(model, base, before, after, outcome.corrected, outcome.spoiled, best_epoch,
                      gained)
@@ -248,6 +257,44 @@ class Graph:
                 probability_BK = self.logits(images[:, None]).softmax(1)
                 found.append(probability_BK[:, self.task.positive_index].numpy())
         return np.concatenate(found)
+
+    def embedding(self, images_NHW: np.ndarray) -> np.ndarray:
+        """float32 (N, F): what the last layer reads."""
+        found = []
+        with torch.inference_mode():
+            for start in range(0, len(images_NHW), SCORED_AT_ONCE):
+                images = torch.from_numpy(
+                    images_NHW[start:start + SCORED_AT_ONCE].astype(np.float32))
+                values: dict[str, Any] = {**self._graph.weights,
+                                          self.model.card.input: images[:, None]}
+                self._graph.evaluate(values, until=self._last_layer().input[0])
+                found.append(values[self._last_layer().input[0]].numpy())
+        return np.concatenate(found)
+
+    def set_last_layer(self, weight_KF: np.ndarray, bias_K: np.ndarray) -> None:
+        """Logits are then these, whatever the model's temperature was."""
+        _, weight, bias = self._last_layer().input
+        scale = 1.0
+        if self._last_layer().output[0] != self._logits:       # a temperature divides them
+            divisor = next(node for node in self.stored.graph.node
+                           if node.output[0] == self._logits).input[1]
+            scale = float(self._graph.weights[divisor])
+        with torch.no_grad():
+            self._graph.weights[weight].copy_(torch.from_numpy(scale * weight_KF))
+            self._graph.weights[bias].copy_(torch.from_numpy(scale * bias_K))
+
+    def _last_layer(self) -> Any:
+        """The node of the linear layer that gives the logits."""
+        made = {node.output[0]: node for node in self.stored.graph.node}
+        node = made[self._logits]
+        if node.op_type == "Div":
+            node = made[node.input[0]]
+        if node.op_type != "Gemm" or not set(node.input[1:]) <= set(self.names):
+            raise ConfigurationError(
+                f"prototypes were asked of model {self.model.name}; its answer comes from "
+                f"{node.op_type}, not from a linear layer with a bias; fine-tune it without "
+                "--prototypes")
+        return node
 
     def expected(self) -> np.ndarray:
         """(B, K) probabilities of the check images, computed in float64."""
@@ -343,6 +390,26 @@ def _learn(graph: Graph, frames: LabelledFrames, part_N: np.ndarray, settings: S
     return best_epoch, history
 
 
+def _take_prototypes(graph: Graph, frames: LabelledFrames, chosen_N: np.ndarray,
+                     report: Callable[[str], None]) -> tuple[int, list[float], np.ndarray]:
+    """Put prototypes of the chosen frames at the end of the graph.
+
+    Returns (1, losses of the base and of left-out frames, scores of the left-out frames).
+    """
+    positive = graph.task.positive_index
+    images_NHW, hit_N = frames.images_NHW[chosen_N], frames.label_N[chosen_N] == HIT
+    class_N = np.where(hit_N, positive, 1 - positive)
+    before = _balanced_loss(graph.scores(images_NHW), hit_N)
+    layer = prototype_layer(graph.embedding(images_NHW), class_N, 2)
+    graph.set_last_layer(layer.weight_KF, layer.bias_K)
+    scores_N = torch.from_numpy(layer.left_out_NK).softmax(1).numpy()[:, positive].astype(
+        np.float32)
+    loss = _balanced_loss(scores_N, hit_N)
+    report(f"prototypes of {int(hit_N.sum())} hits and {int((~hit_N).sum())} misses, shrinkage "
+           f"{layer.shrinkage:g}: loss on frames left out {loss:.4f} (base {before:.4f})")
+    return 1, [before, loss], scores_N
+
+
 def _balanced_loss(scores_N: np.ndarray, hit_N: np.ndarray) -> float:
     """Cross entropy in which hits and misses count the same."""
     truth_N = np.clip(np.where(hit_N, scores_N, 1 - scores_N).astype(np.float64), 1e-7, 1)
@@ -384,9 +451,10 @@ def _card(base: Model, name: str, outcome: Finetuned, frames: LabelledFrames, la
             "held_back_events": _ranges(frames.index_N[part_N == HELD_BACK]),
             "labels": labels.name, "labels_kind": labels.kind, "labels_rule": labels.rule,
             "labels_from": {key: str(value) for key, value in labels.provenance.items()},
-            "optimiser": f"adam, learning rate {settings.learning_rate:g}, cosine, batch {BATCH}, "
-                         f"classes weighted equally; epoch {outcome.best_epoch} of "
-                         f"{settings.epochs}",
+            "optimiser": "prototypes: the last layer tells the nearest class mean"
+            if settings.prototypes else
+            f"adam, learning rate {settings.learning_rate:g}, cosine, batch {BATCH}, "
+            f"classes weighted equally; epoch {outcome.best_epoch} of {settings.epochs}",
             "choice_loss": [round(value, 4) for value in history],
             "torch": torch.__version__.split("+")[0]},
         metrics={"held_back": {

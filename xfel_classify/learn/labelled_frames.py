@@ -30,6 +30,7 @@ TRAINING, CHOICE, HELD_BACK = 0, 1, 2
 PART_NAMES = ("training", "choice", "held back")
 SHARES = (0.6, 0.15, 0.25)
 LEAST_FRAMES, LEAST_OF_A_CLASS = 100, 12
+FEW_FRAMES, FEW_OF_A_CLASS = 36, 9          # enough for prototypes
 LEAST_IN_PART = 3                   # of each class, in each part
 BLOCK_EVENTS, MOST_BLOCKS = 8, 40
 DRAWS = 400                         # divisions that are tried for the most even one
@@ -72,8 +73,10 @@ class LabelledFrames:
 
 
 def read_labelled(source: EventSource, labels: Labels, model: Model,
-                  most: int = 3000) -> LabelledFrames:
+                  most: int = 3000, few: bool = False) -> LabelledFrames:
     """The windows of the labelled events of an opened source, at most ``most`` of them.
+
+    ``few`` frames are enough where only prototypes are made.
 
     Only labelled events are read where the labels tell their positions.  When there are more than
     ``most``, some are taken evenly spread over the run.  Raises :class:`ConfigurationError` when
@@ -85,7 +88,7 @@ def read_labelled(source: EventSource, labels: Labels, model: Model,
             f"labels {labels.name} are of {labels.exp or 'an unnamed experiment'} run "
             f"{labels.run}, the frames of {run.exp} run {run.run}; give the labels of these "
             "frames, or correct --exp and --set source.run=N")
-    require_enough(labels.label_N, f"labels {labels.name} hold")
+    require_enough(labels.label_N, f"labels {labels.name} hold", few)
     chosen = np.arange(len(labels))
     if len(labels) > most:
         chosen = np.unique(np.linspace(0, len(labels) - 1, most).round().astype(int))
@@ -124,18 +127,20 @@ def read_labelled(source: EventSource, labels: Labels, model: Model,
         run.detector_kind, absent=int((rows_N < 0).sum()), unusable=int((~good).sum()),
         left_out=len(labels) - len(chosen))
     require_enough(found.label_N, f"of the labels {labels.name}, {found.absent} are not in the "
-                   f"run and {found.unusable} have no usable image; left are")
+                   f"run and {found.unusable} have no usable image; left are", few)
     return found
 
 
-def require_enough(label_N: np.ndarray, found: str) -> None:
+def require_enough(label_N: np.ndarray, found: str, few: bool = False) -> None:
     """Raise :class:`ConfigurationError` for too few frames, or nearly all of one class."""
     hits, misses = int((label_N == HIT).sum()), int((label_N == MISS).sum())
-    if len(label_N) < LEAST_FRAMES or min(hits, misses) < LEAST_OF_A_CLASS:
+    frames, of_a_class = (FEW_FRAMES, FEW_OF_A_CLASS) if few else (LEAST_FRAMES, LEAST_OF_A_CLASS)
+    if len(label_N) < frames or min(hits, misses) < of_a_class:
         raise ConfigurationError(
-            f"fine-tuning needs at least {LEAST_FRAMES} labelled frames with {LEAST_OF_A_CLASS} "
-            f"hits and {LEAST_OF_A_CLASS} misses; {found} {hits} hits and {misses} misses; label "
-            "more events of the run, of both kinds")
+            f"{'prototypes need' if few else 'fine-tuning needs'} at least {frames} labelled "
+            f"frames with {of_a_class} hits and {of_a_class} misses; {found} {hits} hits and "
+            f"{misses} misses; label more events of the run, of both kinds"
+            + ("" if few else f", or take --prototypes, for which {FEW_FRAMES} are enough"))
 
 
 class _Viewer:

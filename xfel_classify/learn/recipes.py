@@ -19,7 +19,7 @@ from ..core import ConfigurationError, ModelInvalid, Window
 from ..engines.cards import Model, Task, card_from_table
 
 __all__ = ["Augment", "Data", "Goal", "Optimiser", "Recipe", "RunKey", "Split", "Unknown",
-           "model_recipe", "optimiser_words", "read_recipe", "runs_of"]
+           "model_recipe", "optimiser_words", "read_recipe", "recipe_of", "runs_of"]
 
 SPLITS = ("training", "validation", "test", "shifted")
 
@@ -31,6 +31,7 @@ class Split(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     seed: int
     runs: int
     events: int
+    positives: int = 0      # of the events of each run, exactly (bodies); 0: as the preset draws
 
 
 class Data(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -50,6 +51,15 @@ class Augment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     rotations: bool = True          # by 0, 90, 180 or 270 degrees
     intensity: float = 0.0          # sigma of the logarithm of a common factor
     load_once: bool = False         # the same change in every epoch, as drawn when loading
+    # what surrounds a single particle (spi_surroundings): chances of an image, largest values
+    fields: float = 0.0             # chance of a random field that multiplies the image ...
+    field_sigma: float = 0.4        # ... its largest deviation
+    contrast: float = 1.0           # the rings' deviations keep a share of at least this
+    background: float = 0.0         # chance of light that is added
+    dead_half: float = 0.0          # chance
+    gap: float = 0.0                # chance of a gap through the beam
+    strip: float = 0.0              # chance that only a rectangle beside the beam was kept
+    stop: float = 0.0               # chance of a beam stop
 
 
 class Optimiser(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -68,7 +78,9 @@ class Optimiser(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     restart: float = 0.4            # cosine: learning rate at which later cycles start, relative
     reshuffle: bool = True          # another order of the images in every epoch
     keep: str = "best"              # weights of the best epoch on validation, or of the last
-    precision: str = "float32"      # on a CPU; bfloat16: half the time where the CPU has AMX
+    precision: str = "auto"         # float32 on a CPU, bfloat16 on a GPU; or one of them on both
+    steps: int = 0                  # minibatches of an epoch; 0: as many as show every image once
+    stages: int = 0                 # weights of so many epochs in a row are kept beside, the best
 
 
 class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -76,6 +88,7 @@ class Target(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     sensitivity: float = 0.98
     specificity: float = 0.97
+    f1: bool = False                # bodies: the best F1 on all validation images instead
 
 
 class Goal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -83,6 +96,7 @@ class Goal(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     weight: float = 1.0             # of its loss
     label: str = ""                 # name of the label in the data set; "" = the task's name
+    relative: bool = False          # a number: its error relative to the label
 
 
 class Unknown(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -109,6 +123,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     goals: dict[str, Goal] = {}     # task name -> how it is learnt
     unknown: Unknown | None = None
     window: Window = Window()
+    pools: list[int] = []           # pooling factors of its images; [] = the window's
     detectors: list[str] = []
     photon_energy_eV: list[float] = []
     data: Data
@@ -162,6 +177,11 @@ def read_recipe(path: str | Path) -> Recipe:
                                  "as engines/sfx-hit/recipe.toml") from error
     recipe = _recipe(table, f"recipe {path}")
     return msgspec.structs.replace(recipe, sha256=hashlib.sha256(content).hexdigest())
+
+
+def recipe_of(tables: Mapping[str, Any], where: str) -> Recipe:
+    """A checked recipe from the tables of a TOML file; ``where`` names it in errors."""
+    return _recipe(tables, where)
 
 
 def model_recipe(model: Model, recipe: Recipe | str | Path | None = None) -> Recipe:
@@ -219,9 +239,12 @@ def _check(recipe: Recipe, where: str) -> None:
     if recipe.optimiser.keep not in ("best", "last"):
         raise ConfigurationError(f"{where}: optimiser keep {recipe.optimiser.keep!r}; valid are "
                                  "best, last")
-    if recipe.optimiser.precision not in ("float32", "bfloat16"):
+    if recipe.optimiser.precision not in ("auto", "float32", "bfloat16"):
         raise ConfigurationError(f"{where}: optimiser precision {recipe.optimiser.precision!r}; "
-                                 "valid are float32, bfloat16")
+                                 "valid are auto, float32, bfloat16")
+    if min(recipe.optimiser.steps, recipe.optimiser.stages) < 0:
+        raise ConfigurationError(f"{where}: optimiser steps {recipe.optimiser.steps} and stages "
+                                 f"{recipe.optimiser.stages}; give 0 or more of each")
     if not recipe.data.training or not recipe.data.validation:
         raise ConfigurationError(f"{where}: [[data.training]] and [[data.validation]] are both "
                                  "needed; add the one that is missing")

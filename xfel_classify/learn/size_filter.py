@@ -6,6 +6,10 @@ nearest to the logarithm of the measured one (methods specification, section 3; 
 84 nm).  Of another body it is the sphere of about its volume: 0.85 of an icosahedron's largest
 diameter.
 
+Several particles a distance apart scatter as something larger than one: their interference
+changes within fewer pixels than any pattern of one particle can.  :func:`fine_share` measures it,
+as the size filter does the rings.
+
 Axes: N pattern, H row, W column, R ring, D diameter that is tried.
 """
 from __future__ import annotations
@@ -16,8 +20,8 @@ import numpy as np
 
 from ..core import ConfigurationError
 
-__all__ = ["MINIMA", "PUBLISHED_NM", "SphereFit", "fit_spheres", "minima_px", "ring_photons",
-           "sphere_intensity"]
+__all__ = ["MINIMA", "PUBLISHED_NM", "SphereFit", "fine_share", "fit_spheres",
+           "hot_elements", "minima_px", "ring_photons", "speckle_elements", "sphere_intensity"]
 
 PUBLISHED_NM = (55.0, 84.0)
 MINIMA = (4.4934095, 7.7252518, 10.9041217, 14.0661939, 17.2207553)
@@ -140,3 +144,88 @@ def minima_px(diameter_nm: float, *, element_m: float, distance_m: float, wavele
     sine = 0.05 * wavelength_A * s_nm
     theta = np.arcsin(sine[sine < np.sin(np.pi / 4.01)])
     return np.tan(2 * theta) * distance_m / element_m
+
+
+# --- structure that one particle cannot have -----------------------------------------------------
+
+LAGS_IN_SPECKLE = 8
+"""Elements an eighth of a speckle apart are nearly alike in a pattern of one particle."""
+
+LEAST_IN_SPECKLE = 4
+RINGS_FROM = 1.5        # speckles; further in the rings are too steep for the beam's uncertainty
+LEAST_PHOTONS = 1.0     # of a ring's mean element
+HOT, CERTAIN_PHOTONS = 3.0, 50.0
+MOST_WEIGHT = 30.0      # photons: what is brighter counts no more
+
+
+def speckle_elements(diameter_nm: float, *, element_m: float, distance_m: float,
+                     wavelength_A: float) -> float:
+    """Elements over which a pattern of something of this diameter changes: lambda L / D."""
+    return 1e-10 * wavelength_A * distance_m / (1e-9 * diameter_nm) / element_m
+
+
+def fine_share(images_NHW: np.ndarray, good_HW: np.ndarray, beam_RC: tuple[float, float],
+               pool: int, speckle: float) -> np.ndarray:
+    """(N,) share of the angular structure that lies within a few elements; NaN where it is dark.
+
+    Every element is divided by the mean of its ring, less 1.  The squared difference of two
+    elements, up to an eighth of ``speckle`` elements apart along rows or columns, over twice the
+    variance, both less counting noise, is near 0 for one particle and near 1 for fine interference;
+    brightness does not change it.  Raises :class:`ConfigurationError` for pictures too coarse.
+    """
+    if speckle < LEAST_IN_SPECKLE:
+        raise ConfigurationError(
+            f"fine structure was to be looked for in pictures with {speckle:.1f} elements to a "
+            f"speckle of the largest particle; at least {LEAST_IN_SPECKLE} are needed; give a "
+            "larger --side, a smaller --reach, or smaller sizes")
+    height, width = good_HW.shape
+    row, column = np.mgrid[:height, :width] + 0.5
+    radius = np.hypot(row - beam_RC[0], column - beam_RC[1])
+    used = good_HW & (radius >= RINGS_FROM * speckle)
+    ring = radius.astype(int)
+    members_R = np.maximum(np.bincount(ring[used], minlength=ring.max() + 1), 1)
+    steps = range(1, max(1, round(speckle / LAGS_IN_SPECKLE)) + 1)
+    found_N = np.full(len(images_NHW), np.nan)
+    for number, image_HW in enumerate(images_NHW):
+        photons = image_HW.astype(np.float64) * pool ** 2
+        mean = (np.bincount(ring[used], photons[used], minlength=len(members_R))
+                / members_R)[ring]
+        lit = used & (mean > LEAST_PHOTONS)
+        if not lit.any():
+            continue
+        mean = np.where(lit, mean, 1.0)
+        value = np.where(lit, photons / mean - 1, 0.0)
+        weight = np.where(lit, np.minimum(mean, MOST_WEIGHT), 0.0)
+        variance = (weight * (value ** 2 - 1 / mean)).sum() / weight.sum()
+        fine = max(_difference(value, weight, 1 / mean, axis, step)
+                   for step in steps for axis in (0, 1))
+        found_N[number] = fine / (2 * max(variance, 1e-3))
+    return found_N
+
+
+def hot_elements(images_NHW: np.ndarray, good_HW: np.ndarray, pool: int) -> np.ndarray:
+    """bool (H, W): elements that are brighter than their neighbours in the mean of all frames.
+
+    More than :data:`HOT` times the median of the working ones of eight, and not by chance.  A
+    single hot pixel that no mask names is fine structure in every frame.
+    """
+    mean_HW = images_NHW.mean(0, dtype=np.float64)
+    around = np.pad(np.where(good_HW, mean_HW, np.nan), 1, constant_values=np.nan)
+    height, width = good_HW.shape
+    neighbours = np.stack([around[row:row + height, column:column + width]
+                           for row in range(3) for column in range(3) if (row, column) != (1, 1)])
+    alone_HW = np.isnan(neighbours).all(0)
+    neighbours[0][alone_HW] = 0.0
+    usual_HW = np.nanmedian(neighbours, axis=0)
+    enough_HW = mean_HW * len(images_NHW) * pool ** 2 > CERTAIN_PHOTONS
+    return good_HW & ~alone_HW & enough_HW & (mean_HW > HOT * usual_HW)
+
+
+def _difference(value: np.ndarray, weight: np.ndarray, noise: np.ndarray, axis: int, step: int
+                ) -> float:
+    """Weighted mean squared difference of elements ``step`` apart, less noise."""
+    here = (slice(step, None), slice(None))[::1 - 2 * axis]
+    there = (slice(None, -step), slice(None))[::1 - 2 * axis]
+    both = np.minimum(weight[here], weight[there])
+    squared = (value[here] - value[there]) ** 2 - noise[here] - noise[there]
+    return float((both * squared).sum() / max(float(both.sum()), 1e-9))

@@ -22,7 +22,8 @@ from ..simulate.spi_particles import SPI_PARTICLES, find_structure, structure_di
 from . import shards
 from .recipes import Augment, Recipe
 
-__all__ = ["COUNTS", "Changes", "Shard", "SpiSet", "open_spi", "shards_of", "structures_word"]
+__all__ = ["COUNTS", "Changes", "Shard", "SpiSet", "drawn_labels", "geometry_rows", "open_spi",
+           "shards_of", "structures_word"]
 
 COUNTS = ("single", "double", "triple", "quadruple")
 LABELS = ("count", "particle", "diameter_A", "distance_m", "photons")
@@ -76,14 +77,16 @@ def shards_of(recipe: Recipe, split: str) -> list[Shard]:
     found = []
     for part in getattr(recipe.data, split):
         preset = spi_preset(part.preset)
-        if (window.shape, window.pool, window.normalize, window.unit) != (
+        pool = preset.block if preset.block in recipe.pools else window.pool
+        if (window.shape, pool, window.normalize, window.unit) != (
                 preset.shape, preset.block, "none", "photon") or (
                 preset.block > 1 and window.pool_by != "mean"):
             raise ConfigurationError(
                 f"recipe {recipe.name} looks at {window.height} x {window.width} {window.unit}s, "
                 f"{window.normalize}, pooled {window.pool} by {window.pool_by}; images of preset "
                 f"{part.preset} are {preset.shape[0]} x {preset.shape[1]} photons, mean of "
-                f"{preset.block} x {preset.block}: write the window so, with normalize = \"none\"")
+                f"{preset.block} x {preset.block}: write the window so, with normalize = "
+                "\"none\", or name that pooling in pools")
         at_a_time = max(1, EVENTS_PER_SHARD // part.events)
         found += [Shard(part.preset, part.seed, first, min(at_a_time, part.runs - first),
                         part.events, word) for first in range(0, part.runs, at_a_time)]
@@ -91,14 +94,42 @@ def shards_of(recipe: Recipe, split: str) -> list[Shard]:
 
 
 class SpiSet(shards.ShardSet):
-    """``labels`` maps the names of :data:`LABELS`, "total" (sum of the image) and "run" to (N,)
-    float32 arrays; "count" is 0 for one copy, "particle" -1 for one that is not a class."""
+    """``labels`` maps the names of :data:`LABELS`, "total" (sum of the image), "run" and what
+    :func:`drawn_labels` adds to (N,) float32 arrays; "count" is 0 for one copy, "particle" -1 for
+    one that is not a class."""
 
 
 def open_spi(shards_to_open: Sequence[Shard], processes: int = 1,
              directory: Path | None = None) -> SpiSet:
     """All images of the shards, simulated first where they are missing or out of date."""
-    return SpiSet(shards.cached(shards_to_open, processes, directory))
+    images = SpiSet(shards.cached(shards_to_open, processes, directory))
+    drawn = [drawn_labels(shard) for shard in shards_to_open]
+    images.labels |= {name: np.concatenate([one[name] for one in drawn]) for name in drawn[0]}
+    return images
+
+
+def drawn_labels(shard: Shard) -> dict[str, np.ndarray]:
+    """What the conditions of the images say that their files do not hold, float32 (N,).
+
+    "quality" is 1 for exactly one particle, 0 for several, contaminants and blanks; "body" 1 for
+    shapes; "photon_energy_eV", "pixel_m" of the detector and "pool" of the image.
+    """
+    rows = []
+    for run in range(shard.first, shard.first + shard.runs):
+        for event in range(shard.events):
+            c = draw_spi(shard.seed, run, event, shard.preset)
+            rows.append((c.count == 1 and c.kind in ("particles", "good"), c.kind != "particles",
+                         c.photon_energy_eV, c.pixel_size_m, c.block))
+    columns = np.array(rows, np.float32).T
+    return dict(zip(("quality", "body", "photon_energy_eV", "pixel_m", "pool"), columns,
+                    strict=True))
+
+
+def geometry_rows(labels: Mapping[str, np.ndarray]) -> np.ndarray:
+    """float32 (N, 4): distance in mm, pixel in mm, wavelength in angstrom, pooling."""
+    return np.stack([1e3 * labels["distance_m"], 1e3 * labels["pixel_m"],
+                     12398.419843 / labels["photon_energy_eV"], labels["pool"]],
+                    axis=1).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -136,16 +167,21 @@ class Changes:
 
 def label_of(labels: Mapping[str, np.ndarray], name: str) -> np.ndarray:
     """A label by name, also those that follow from others: "edge_resolution_A" (of the outermost
-    pixels along an axis of the published window, at 4.6 keV), "size_nm", "log_photons"."""
+    pixels along an axis of the published window, at 4.6 keV), "size_nm",
+    "single_nm" (NaN where there is not exactly one particle), "log_photons"."""
     if name == "edge_resolution_A":
         half_m, wavelength_A = 63.5 * 8 * 75e-6, 12398.419843 / 4600.0
         return wavelength_A / (2 * np.sin(0.5 * np.arctan(half_m / labels["distance_m"])))
     if name == "size_nm":
         return labels["diameter_A"] / 10
+    if name == "single_nm":         # of what is one particle
+        return np.where(labels["quality"] > 0, labels["diameter_A"] / 10, np.float32(np.nan))
+    if name == "count":             # five, and what is no particle, are none of the classes
+        return np.where(labels[name] < len(COUNTS), labels[name], np.float32(-1))
     if name == "log_photons":
         return np.log(np.maximum(labels["photons"], math.exp(-20)))
     if name not in labels:
         raise ConfigurationError(f"a task asks for the label {name!r}; images of single particles "
                                  f"have {', '.join(sorted(labels))}, edge_resolution_A, size_nm, "
-                                 "log_photons: name it with label = in the task")
+                                 "single_nm, log_photons: name it with label = in the task")
     return labels[name]

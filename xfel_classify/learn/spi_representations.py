@@ -10,6 +10,8 @@ network and is exported with it.  Axes: B image, C channel, H row, W column.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -53,15 +55,24 @@ def represent(image_HW: np.ndarray, kind: str, size: int) -> np.ndarray:
 
 
 class Representation(nn.Module):
-    """:func:`represent` for a batch: (B, 1, H, W) photons to (B, 3, size, size)."""
+    """:func:`represent` for a batch: (B, 1, H, W) photons to (B, 3, size, size).
 
-    def __init__(self, kind: str, size: int) -> None:
+    ``region`` (first row, first column, height, width) of the images is shown, () = all of it.
+    """
+
+    def __init__(self, kind: str, size: int, region: Sequence[int] = ()) -> None:
         super().__init__()
         _check(kind)
-        self.kind, self.size = kind, size
+        if region and (len(region) != 4 or min(region) < 0 or min(region[2:]) < 1):
+            raise ConfigurationError(f"the region {list(region)!r} of a pattern was to be shown; "
+                                     "give first row, first column, height and width in pixels")
+        self.kind, self.size, self.region = kind, size, tuple(region)
 
     def forward(self, images_B1HW: Tensor) -> Tensor:
         values = images_B1HW.clamp(min=0.0)
+        if self.region:
+            row, column, height, width = self.region
+            values = values[:, :, row:row + height, column:column + width]
         if self.kind == "float":
             mean = values.mean((2, 3), keepdim=True)
             values = torch.log1p(RELATIVE_GAIN * values / (mean + 1e-6))
@@ -69,9 +80,10 @@ class Representation(nn.Module):
             values = torch.log10(values.clamp(min=1.0))
         else:
             place = _place(values.shape[2] * values.shape[3])
-            limit_B = torch.topk(torch.flatten(values, 1), place, dim=1).values[:, -1]
+            limit_B = torch.topk(torch.flatten(values, 1), place, dim=1).values[:, place - 1]
             values = torch.minimum(values, limit_B[:, None, None, None])
-        values = values / (values.amax((2, 3), keepdim=True) + 1e-6)
+        # the largest by way of the least: our torch runtime knows ReduceMin, and no ReduceMax
+        values = values / ((-(-values).amin((2, 3), keepdim=True)) + 1e-6)
         if self.kind.startswith("colour"):
             values = torch.cat([_polygon(values, line) for line in JET], 1)
         else:

@@ -20,8 +20,9 @@ import numpy as np
 from ..core import ConfigurationError
 from ..engines import Model, Task, find_model, open_engine
 from .curves import curves
+from .quality_reports import ShapeScore, shape_score
 from .recipes import Recipe, model_recipe
-from .spi import SpiSet, label_of, open_spi, shards_of
+from .spi import SpiSet, geometry_rows, label_of, open_spi, shards_of
 
 __all__ = ["Brightness", "SpiEvaluation", "SpiScores", "brightness_alone", "calibration_error",
            "evaluate_spi", "score_spi"]
@@ -87,12 +88,14 @@ def calibration_error(probability_NK: np.ndarray, label_N: np.ndarray) -> float:
 
 @dataclass(frozen=True)
 class TaskScores:
-    """Of one task with classes: ``confusion_KK[truth, answer]`` counts images."""
+    """Of one task with classes: ``confusion_KK[truth, answer]`` counts images; ``errors`` are those
+    of a yes/no question at its threshold."""
 
     classes: tuple[str, ...]
     accuracy: float
     calibration_error: float
     confusion_KK: np.ndarray
+    errors: ShapeScore | None = None
 
     def recall(self, name: str) -> float:
         """Share of the images of a class that are called so; NaN when there are none."""
@@ -107,6 +110,7 @@ class NumberScores:
     mean_error: float
     median_relative_error: float
     pearson: float
+    within: float = float("nan")            # share of relative errors of at most 5 %
 
 
 @dataclass(frozen=True)
@@ -133,7 +137,20 @@ class SpiScores:
         return {"validation_loss": self.cross_entropy, "total": self.total,
                 **{name: one.accuracy for name, one in self.tasks.items()},
                 **{f"{name}_error": one.median_relative_error
-                   for name, one in self.numbers.items()}}
+                   for name, one in self.numbers.items()},
+                **{f"{name}_within_5_percent": one.within for name, one in self.numbers.items()},
+                **{f"{name}_{key}": value for name, one in self.tasks.items() if one.errors
+                   for key, value in yes_no(one.errors).items()}}
+
+
+def yes_no(one: ShapeScore) -> dict[str, float]:
+    """Figures of a yes/no question: balanced accuracy, F1, precision, recall, errors of both kinds,
+    and how many positives are missed when at most 1 % of the others pass."""
+    found, wrong = (1 - one.fnr) * one.good, one.fpr * one.bad if one.bad else 0.0
+    return {"balanced": 1 - (one.fnr + one.fpr) / 2,
+            "f1": 2 * found / (found + wrong + one.good) if one.good else float("nan"),
+            "precision": found / (found + wrong) if found + wrong else float("nan"),
+            "recall": 1 - one.fnr, "fpr": one.fpr, "fnr_at_1_percent": one.fnr_allowed}
 
 
 def score_spi(recipe: Recipe, outputs: Mapping[str, np.ndarray],
@@ -153,17 +170,28 @@ def score_spi(recipe: Recipe, outputs: Mapping[str, np.ndarray],
         answer_N = probability_NK.argmax(1)
         confusion_KK = np.zeros((task.width, task.width), np.int64)
         known_N = truth_N >= 0
+        if not known_N.any():       # none of the images has this label
+            continue
+        errors = None
+        if task.positive:
+            score_N = probability_NK[:, task.positive_index]
+            answer_N = np.where(score_N >= task.threshold, task.positive_index,
+                                1 - task.positive_index)
+            errors = shape_score(task.name, score_N[known_N],
+                                 truth_N[known_N] == task.positive_index, task.threshold)
         np.add.at(confusion_KK, (truth_N[known_N], answer_N[known_N]), 1)
+        right_N = answer_N == truth_N
         classes[task.name] = TaskScores(
-            tuple(task.classes), float((answer_N == truth_N).mean()),
-            calibration_error(probability_NK, truth_N), confusion_KK)
-        right.append(answer_N == truth_N)
+            tuple(task.classes), float(right_N[known_N].mean()),
+            calibration_error(probability_NK[known_N], truth_N[known_N]), confusion_KK, errors)
+        right.append(right_N | ~known_N)
         likelihood_N = probability_NK[np.arange(len(truth_N)), np.maximum(truth_N, 0)]
         entropy.append(-np.log(np.clip(likelihood_N[known_N], 1e-7, 1)).mean()
                        if known_N.any() else np.nan)
         if label == "count":
-            single = float(((answer_N == 0) == (truth_N == 0)).mean())
-            brightness = brightness_alone(labels["total"], truth_N, labels["particle"])
+            single = float(((answer_N == 0) == (truth_N == 0))[known_N].mean())
+            brightness = brightness_alone(labels["total"][known_N], truth_N[known_N],
+                                          labels["particle"][known_N])
     some = next(iter(outputs.values()))
     return SpiScores(len(some), float(np.mean(entropy)) if entropy else float("nan"),
                      float(np.all(right, axis=0).mean()) if right else float("nan"), single,
@@ -171,14 +199,18 @@ def score_spi(recipe: Recipe, outputs: Mapping[str, np.ndarray],
 
 
 def _number_scores(task: Task, answer_N: np.ndarray, truth_N: np.ndarray) -> NumberScores:
-    answer_N, truth_N = np.asarray(answer_N, np.float64), np.asarray(truth_N, np.float64)
+    known_N = np.isfinite(truth_N)
+    if not known_N.any():
+        return NumberScores(float("nan"), float("nan"), float("nan"))
+    answer_N, truth_N = (np.asarray(values, np.float64)[known_N] for values in (answer_N, truth_N))
     if task.transform == "reciprocal":
         answer_N, truth_N = 1 / np.where(answer_N > 0, answer_N, np.nan), 1 / truth_N
     varies = truth_N.std() > 0 and answer_N.std() > 0
+    relative_N = np.abs(answer_N / np.where(truth_N == 0, np.nan, truth_N) - 1)
     return NumberScores(
-        float(np.abs(answer_N - truth_N).mean()),
-        float(np.median(np.abs(answer_N / np.where(truth_N == 0, np.nan, truth_N) - 1))),
-        float(np.corrcoef(answer_N, truth_N)[0, 1]) if varies else float("nan"))
+        float(np.abs(answer_N - truth_N).mean()), float(np.median(relative_N)),
+        float(np.corrcoef(answer_N, truth_N)[0, 1]) if varies else float("nan"),
+        float((relative_N <= 0.05).mean()))
 
 
 # --- a model on a split ---------------------------------------------------------------------------
@@ -273,7 +305,13 @@ def details(scores: SpiScores) -> list[str]:
                          + f"; worst of the others {min(others):.3f}")
     for name, number in scores.numbers.items():
         lines.append(f"{name}: mean error {number.mean_error:.4g}, median relative error "
-                     f"{number.median_relative_error:.4f}, correlation {number.pearson:.4f}")
+                     f"{number.median_relative_error:.4f}, {number.within:.3f} within 5 %, "
+                     f"correlation {number.pearson:.4f}")
+    for name, one in scores.tasks.items():
+        if one.errors:
+            lines.append(f"{name} at threshold {one.errors.threshold:.4g}: " + ", ".join(
+                f"{key.replace('_', ' ')} {value:.4f}"
+                for key, value in yes_no(one.errors).items()))
     return lines
 
 
@@ -306,9 +344,10 @@ def evaluate_spi(model: Model | str | Path, split: str = "test",
     with open_engine(model, backend) as engine:
         for preset in dict.fromkeys(shard.preset for shard in shards):
             images = open_spi([one for one in shards if one.preset == preset], processes)
-            outputs = _outputs(engine, images)
+            outputs = _outputs(engine, images, bool(model.card.geometry))
             images.close()
-            if "unknown" in outputs:
+            if "unknown" in outputs and (_is_unseen(preset) or (
+                    images.labels["particle"] >= 0).all()):
                 strange[preset] = outputs["unknown"][:, 1]
             if not _is_unseen(preset):
                 parts[preset] = score_spi(recipe, outputs, images.labels)
@@ -324,9 +363,11 @@ def _is_unseen(preset: str) -> bool:
     return preset.partition(":")[0].endswith("_unseen")
 
 
-def _outputs(engine: Any, images: SpiSet) -> dict[str, np.ndarray]:
-    found: list[Mapping[str, np.ndarray]] = [engine.infer(images.images(chosen))
-                                             for chosen in images.batches(32)]
+def _outputs(engine: Any, images: SpiSet, geometry: bool = False) -> dict[str, np.ndarray]:
+    geometry_N4 = geometry_rows(images.labels) if geometry else None
+    found: list[Mapping[str, np.ndarray]] = [
+        engine.infer(images.images(chosen), None if geometry_N4 is None else geometry_N4[chosen])
+        for chosen in images.batches(32)]
     return {name: np.concatenate([part[name] for part in found]) for name in found[0]}
 
 

@@ -88,12 +88,13 @@ def fit_judge(recipe: Recipe, network: Any, training: SpiSet, validation: SpiSet
             f"recipe {recipe.name}: [unknown] asks for method {how.method!r}, accept {how.accept} "
             f"and features {how.features}; valid are {', '.join(METHODS)}, a share between 0 and "
             "1, and at least one feature")
-    output = next(task.output for task in recipe.tasks if task.name == how.task)
+    asked = next(task for task in recipe.tasks if task.name == how.task)
+    output, label = asked.output, recipe.goal(asked).label
     network.eval()
     tables = {}
     if how.method == "mahalanobis":
-        step = -(-len(training) // MOST_IMAGES)
-        chosen_N = np.arange(0, len(training), step)
+        chosen_N = _labelled(training, label)
+        chosen_N = chosen_N[::-(-len(chosen_N) // MOST_IMAGES)]
         features_NF, _ = _features(network, output, training, chosen_N)
         kinds_N = np.zeros(len(chosen_N), np.int64)
         for task in recipe.tasks:
@@ -102,7 +103,7 @@ def fit_judge(recipe: Recipe, network: Any, training: SpiSet, validation: SpiSet
                 kinds_N = kinds_N * task.width + labels_N.astype(np.int64)
         tables = mahalanobis_tables(features_NF, kinds_N, how.features)
     judge = Judge(output, how.method, tables)
-    scores_N = _scores(judge, network, output, validation)
+    scores_N = _scores(judge, network, output, validation, _labelled(validation, label))
     limit, middle = np.quantile(scores_N, [how.accept, 0.5])
     slope = np.log(how.accept / (1 - how.accept)) / max(limit - middle, 1e-6)
     judge = Judge(output, how.method, tables, float(limit), float(slope))
@@ -110,6 +111,11 @@ def fit_judge(recipe: Recipe, network: Any, training: SpiSet, validation: SpiSet
         name=NAME, output=NAME, classes=["known", "unknown"], positive="unknown", threshold=0.5,
         threshold_chosen=f"{how.accept:.0%} of the known validation images are called known "
                          f"({how.method}); no unknown particle was looked at")
+
+
+def _labelled(images: SpiSet, label: str) -> np.ndarray:
+    """The images that show a class of the task."""
+    return np.flatnonzero(label_of(images.labels, label) >= 0)
 
 
 def _features(network: Any, output: str, images: SpiSet, chosen_N: np.ndarray
@@ -126,8 +132,9 @@ def _features(network: Any, output: str, images: SpiSet, chosen_N: np.ndarray
     return torch.cat(features), torch.cat(logits)
 
 
-def _scores(judge: Judge, network: Any, output: str, images: SpiSet) -> np.ndarray:
-    features, logits = _features(network, output, images, np.arange(len(images)))
+def _scores(judge: Judge, network: Any, output: str, images: SpiSet, chosen_N: np.ndarray
+            ) -> np.ndarray:
+    features, logits = _features(network, output, images, chosen_N)
     with torch.inference_mode():
         return judge.score(features, logits)[:, 0].numpy()
 

@@ -2,7 +2,8 @@
 
 A training directory holds ``recipe.toml``, ``state.safetensors`` (everything needed to go on),
 ``best.safetensors`` (weights of the epoch that is kept), ``history.json``, ``validation.npz``
-(answers of those weights) and ``learning_curve.png``.  Nothing is pickled.
+(answers of those weights), ``learning_curve.png`` and, where the recipe asks for them, weights of
+further epochs (:mod:`.stages`).  Nothing is pickled.
 
 What is learnt is a lesson (:mod:`.lessons`): it knows images, loss and figures; this loop knows
 epochs, steps, the optimiser and the directory.  Random numbers are drawn from (recipe seed,
@@ -35,6 +36,7 @@ from ..core import ConfigurationError, MissingDependency, OutputDamaged
 from .lessons import Lesson, lesson_of
 from .pretrained import start_from
 from .recipes import Optimiser, Recipe, read_recipe
+from .stages import forget_stages, keep_stage
 from .team import Team, join_team
 
 __all__ = ["STATE", "Trained", "learning_rate", "open_trained", "train"]
@@ -57,6 +59,7 @@ class Progress:
     loss_sum: float = 0.0
     best: float = -1.0
     history: list[dict[str, float]] = field(default_factory=list)
+    figures: list[float] = field(default_factory=list)      # of merit, one for each epoch
 
 
 @dataclass(frozen=True)
@@ -83,11 +86,11 @@ def train(recipe_path: str | Path, out_dir: str | Path, resume: bool = True, thr
     (at least once a minute); a finished one returns at once.  Without, it starts again and what
     ``out_dir`` holds of a training is removed.  ``threads`` are torch's; ``processes`` simulate
     images that are not cached yet.  ``device`` is torch's word ("cuda:0"); None takes a CUDA
-    device where there is one and the lesson is meant for it.  Progress lines go to ``report``.
+    device where there is one.  Progress lines go to ``report``.
     """
     recipe, out = read_recipe(recipe_path), Path(out_dir)
     lesson = lesson_of(recipe)
-    where = _device(lesson, recipe, device)
+    where = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch.set_num_threads(threads)
     _keep_memory()
     begun = time.monotonic()
@@ -152,17 +155,9 @@ def open_trained(out_dir: str | Path) -> Trained:
     return Trained(recipe, out, network, history, examined)
 
 
-def _device(lesson: Lesson, recipe: Recipe, device: str | None) -> torch.device:
-    if not lesson.on_gpu and device not in (None, "cpu"):
-        raise ConfigurationError(f"recipe {recipe.name} trains on the CPU only, device {device!r} "
-                                 "was asked for; leave --device out")
-    there = lesson.on_gpu and torch.cuda.is_available()
-    return torch.device(device or ("cuda" if there else "cpu"))
-
-
 def _in_bfloat16(how: Optimiser, where: torch.device) -> bool:
     """Whether training runs in bfloat16 with channels last; judging never does."""
-    return where.type == "cuda" or how.precision == "bfloat16"
+    return how.precision == "bfloat16" or (how.precision == "auto" and where.type == "cuda")
 
 
 def _examine(lesson: Lesson, network: nn.Module) -> dict[str, np.ndarray]:
@@ -194,7 +189,8 @@ def learning_rate(how: Optimiser, step: int, steps: int) -> float:
 def _epoch(lesson: Lesson, recipe: Recipe, pupils: int, network: Any, shared: Any,
            optimiser: torch.optim.Optimizer, progress: Progress, out: Path,
            report: Callable[[str], None], team: Team) -> None:
-    """The rest of epoch ``progress.epoch``; every image once, the last short batch left out.
+    """The rest of epoch ``progress.epoch``: every image once, the last short batch left out, or
+    as many steps as the recipe says.
 
     ``shared`` is ``network`` as a team calls it.
     """
@@ -202,8 +198,9 @@ def _epoch(lesson: Lesson, recipe: Recipe, pupils: int, network: Any, shared: An
     where = next(network.parameters()).device
     bfloat16 = _in_bfloat16(how, where)
     shuffle = np.random.default_rng([recipe.seed, ORDER, epoch if how.reshuffle else 0])
-    order_N = shuffle.permutation(pupils)
-    steps = max(1, pupils // how.batch)
+    steps = how.steps or max(1, pupils // how.batch)
+    order_N = np.concatenate([shuffle.permutation(pupils)
+                              for _ in range(max(1, -(-steps * how.batch // pupils)))])
     network.train()
     if hasattr(network, "begin_epoch"):
         network.begin_epoch(epoch)
@@ -243,11 +240,15 @@ def _end_epoch(recipe: Recipe, network: nn.Module, progress: Progress, out: Path
     row = {"epoch": progress.epoch + 1, "loss": progress.loss_sum / max(1, progress.step),
            **summary}
     progress.history.append(row)
+    progress.figures.append(figure)
     report(f"epoch {row['epoch']}/{recipe.optimiser.epochs}: " + ", ".join(
         f"{name} {value:.4f}" for name, value in row.items() if name != "epoch"))
     if figure > progress.best or recipe.optimiser.keep == "last":
         progress.best = figure
         _save_tensors(out / BEST, _tensors(network))
+    if recipe.optimiser.stages:
+        keep_stage(out, progress.figures, recipe.optimiser.stages,
+                   lambda path: _save_tensors(path, _tensors(network)))
 
 
 def _on_device(values: Tensor, where: torch.device, bfloat16: bool) -> Tensor:
@@ -283,6 +284,7 @@ def _claim(out: Path, recipe_path: Path, resume: bool) -> None:
     if not resume:
         for name in (STATE, BEST, HISTORY, SCORES, CURVE, RECIPE):
             (out / name).unlink(missing_ok=True)
+        forget_stages(out)
     elif kept.exists() and kept.read_bytes() != content:
         raise ConfigurationError(f"{out} holds a training of another recipe than {recipe_path}; "
                                  "give another directory, start again without resuming, or give "

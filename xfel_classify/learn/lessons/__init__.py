@@ -62,8 +62,6 @@ class Exhibit:
 class Lesson(Protocol):
     """Images, loss and figures of one kind of training; made from a recipe, opened when needed."""
 
-    on_gpu: bool            # False: trains on the CPU only
-
     def __init__(self, recipe: Recipe) -> None: ...
 
     def open(self, processes: int = 1) -> tuple[int, int]:

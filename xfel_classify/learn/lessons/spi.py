@@ -19,22 +19,31 @@ from torch import Tensor, nn
 
 from ...core import ConfigurationError
 from ...engines import Model, Task
-from ..networks import build_network
+from ..networks import build_network, network_class
 from ..recipes import Recipe
-from ..spi import COUNTS, LOAD, SPI_PARTICLES, Changes, SpiSet, label_of, open_spi, shards_of
+from ..spi import (
+    COUNTS,
+    LOAD,
+    SPI_PARTICLES,
+    Changes,
+    SpiSet,
+    geometry_rows,
+    label_of,
+    open_spi,
+    shards_of,
+)
 from ..spi_scores import SpiEvaluation, SpiScores, evaluate_spi, score_spi
+from ..spi_surroundings import surround
 from ..spi_unknown import Judge, fit_judge
 from ..training import Trained
 from . import Exhibit, probabilities
 
 BATCH = 32          # images judged at a time
-CLASSES = {"count": list(COUNTS), "particle": list(SPI_PARTICLES)}
+CLASSES = {"count": list(COUNTS), "particle": list(SPI_PARTICLES), "quality": ["bad", "good"]}
 
 
 class Lesson:
     """A recipe with one or more tasks on single-particle images."""
-
-    on_gpu = True
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -77,7 +86,7 @@ class Lesson:
         network = build_network(recipe.architecture, heads=heads, **recipe.network)
         if self._pupils is not None:
             for task in recipe.tasks:
-                if task.kind == "regression":
+                if task.kind == "regression" and not network.uses_geometry:
                     values_N = self._truth[task.output].numpy()
                     network.heads.set_range(task.output, float(values_N.mean()),
                                             float(values_N.std()) or 1.0)
@@ -87,7 +96,17 @@ class Lesson:
         assert self._pupils is not None
         changes = self._once.of(chosen_B) if self._once else Changes.draw(
             self.recipe.augment, len(chosen_B), rng)
-        return (torch.from_numpy(changes.apply(self._pupils.images(chosen_B)))[:, None],)
+        images_BHW = surround(changes.apply(self._pupils.images(chosen_B)), self.recipe.augment,
+                              rng)
+        images = torch.from_numpy(images_BHW)[:, None]
+        return (images, *self._geometry(self._pupils, chosen_B))
+
+    def _geometry(self, images: SpiSet, chosen_B: np.ndarray) -> tuple[Tensor, ...]:
+        """The second input of a network that has one."""
+        if not uses_geometry(self.recipe):
+            return ()
+        labels = {name: values[chosen_B] for name, values in images.labels.items()}
+        return (torch.from_numpy(geometry_rows(labels)),)
 
     def loss(self, outputs: Mapping[str, Tensor], chosen_B: np.ndarray) -> Tensor:
         parts = []
@@ -95,19 +114,34 @@ class Lesson:
             values_BK = outputs[task.output]
             truth_B = self._truth[task.output][torch.from_numpy(chosen_B)].to(values_BK.device)
             if task.kind == "regression":
-                spread = float(self._truth[task.output].std()) or 1.0
-                one = nn.functional.l1_loss(values_BK[:, 0], truth_B) / spread
-            else:
-                one = nn.functional.cross_entropy(values_BK, truth_B, ignore_index=-1)
+                one = self._number_loss(task, values_BK[:, 0], truth_B)
+            else:       # the sum: a batch without any label has no loss, not NaN
+                known = (truth_B >= 0).sum().clamp(min=1)
+                one = nn.functional.cross_entropy(values_BK, truth_B, ignore_index=-1,
+                                                  reduction="sum") / known
             parts.append(self.recipe.goal(task).weight * one)
         return torch.stack(parts).sum()
+
+    def _number_loss(self, task: Task, values_B: Tensor, truth_B: Tensor) -> Tensor:
+        """Mean absolute error of the images that have the label (not NaN), in units of the
+        labels' spread or, where the goal says so, of the label itself."""
+        known_B = torch.isfinite(truth_B)
+        if self.recipe.goal(task).relative:
+            unit_B = truth_B[known_B]
+        else:
+            all_N = self._truth[task.output]
+            unit_B = torch.tensor(float(all_N[torch.isfinite(all_N)].std()) or 1.0)
+            unit_B = unit_B.to(truth_B.device)
+        off_B = (values_B[known_B] - truth_B[known_B]).abs() / unit_B
+        return off_B.sum() / known_B.sum().clamp(min=1)
 
     def answers(self, network: nn.Module, images: SpiSet) -> dict[str, np.ndarray]:
         """``logits_<output>`` (N, K) or ``value_<output>`` (N,) for all ``images``."""
         where = next(network.parameters()).device
         found: dict[str, list[np.ndarray]] = {}
         for chosen in images.batches(BATCH):
-            outputs = network(torch.from_numpy(images.images(chosen))[:, None].to(where))
+            outputs = network(torch.from_numpy(images.images(chosen))[:, None].to(where),
+                              *(values.to(where) for values in self._geometry(images, chosen)))
             for task in self.recipe.tasks:
                 values = outputs[task.output].float().cpu().numpy()
                 number = task.kind == "regression"
@@ -146,9 +180,13 @@ class Lesson:
         counts = {name: sum(len(shard) for shard in shards_of(recipe, name))
                   for name in ("training", "validation", "test")}
         calibrated = answers_of_logits(recipe, found, temperatures)
+        shown_N = check_rows(found)
         scores = score_spi(recipe, calibrated, found)
         return Exhibit(
-            answers, tasks, check_images(found, validation),
+            answers, tasks, check_images(shown_N, validation),
+            geometry_B4=geometry_rows({name: values[[*shown_N, shown_N[4], shown_N[0]]]
+                                       for name, values in found.items()})
+            if uses_geometry(recipe) else None, pools=recipe.pools,
             provenance={"images": counts, "structures": shards_of(recipe, "test")[0].structures
                         if recipe.data.test else "",
                         "temperature": {name: round(t, 4) for name, t in temperatures.items()}},
@@ -158,6 +196,11 @@ class Lesson:
     def evaluate(self, model: Model, split: str, backend: str = "auto",
                  processes: int = 1) -> SpiEvaluation:
         return evaluate_spi(model, split, self.recipe, backend, processes)
+
+
+def uses_geometry(recipe: Recipe) -> bool:
+    """Whether the network of a recipe is told the geometry."""
+    return bool(network_class(recipe.architecture).uses_geometry)
 
 
 def answers_of_logits(recipe: Recipe, found: Mapping[str, np.ndarray],
@@ -205,9 +248,11 @@ class CalibratedAnswers(nn.Module):
         for name, value in temperatures.items():
             self.register_buffer(f"temperature_{name}", torch.tensor(value))
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor, geometry: Tensor | None = None) -> tuple[Tensor, ...]:
         features = self.network.features(images)
         outputs = self.network.heads(features)
+        if geometry is not None:
+            outputs = self.network.in_units(outputs, geometry)
         found = [outputs[name] if kind == "regression"
                  else probabilities(outputs[name] / self.get_buffer(f"temperature_{name}"), kind)
                  for name, kind in self.tasks]
@@ -217,11 +262,15 @@ class CalibratedAnswers(nn.Module):
         return tuple(found)
 
 
-def check_images(examined: Mapping[str, np.ndarray], images: SpiSet) -> np.ndarray:
-    """Ten images, float32 (10, H, W): eight from faint to bright, one with a dead half, an empty
-    one."""
+def check_rows(examined: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Eight validation images from faint to bright."""
     order = np.argsort(examined["total"], kind="stable")
-    shown = images.images(order[np.linspace(0, len(order) - 1, 8).astype(int)])
+    return order[np.linspace(0, len(order) - 1, 8).astype(int)]
+
+
+def check_images(shown_N: np.ndarray, images: SpiSet) -> np.ndarray:
+    """Ten images, float32 (10, H, W): eight that are shown, one with a dead half, an empty one."""
+    shown = images.images(shown_N)
     half = shown[4].copy()
     half[:, half.shape[1] // 2:] = 0
     return np.stack([*shown, half, np.zeros_like(half)]).astype(np.float32)

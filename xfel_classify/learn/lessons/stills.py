@@ -27,8 +27,6 @@ from . import Answers, Exhibit
 class Lesson:
     """A recipe with one task, "more than one lattice" or the resolution."""
 
-    on_gpu = True
-
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self._open: list[StillSet] = []

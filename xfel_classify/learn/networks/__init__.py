@@ -12,7 +12,7 @@ from typing import Any
 
 from ...core import ConfigurationError, UnknownComponent
 
-__all__ = ["build_network", "network_names"]
+__all__ = ["build_network", "network_class", "network_names"]
 
 
 def network_names() -> list[str]:
@@ -21,11 +21,8 @@ def network_names() -> list[str]:
                   if not path.stem.startswith("_"))
 
 
-def build_network(architecture: str, **options: Any) -> Any:
-    """The ``Network`` of ``networks/<architecture>.py``, freshly initialised.
-
-    Raises ``UnknownComponent`` for a name that is not there and ``ConfigurationError`` for an
-    option the network does not have.
+def network_class(architecture: str) -> Any:
+    """The ``Network`` of ``networks/<architecture>.py``; ``UnknownComponent`` when there is none.
     """
     names = network_names()
     if architecture not in names:
@@ -33,7 +30,16 @@ def build_network(architecture: str, **options: Any) -> Any:
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise UnknownComponent(f"no network is called {architecture!r}; known: "
                                f"{', '.join(names)}{hint}")
-    network = importlib.import_module(f"{__name__}.{architecture}").Network
+    return importlib.import_module(f"{__name__}.{architecture}").Network
+
+
+def build_network(architecture: str, **options: Any) -> Any:
+    """The ``Network`` of ``networks/<architecture>.py``, freshly initialised.
+
+    Raises ``UnknownComponent`` for a name that is not there and ``ConfigurationError`` for an
+    option the network does not have.
+    """
+    network = network_class(architecture)
     valid = [name for name in inspect.signature(network).parameters]
     wrong = sorted(set(options) - set(valid))
     if wrong:

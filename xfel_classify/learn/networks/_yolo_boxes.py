@@ -30,7 +30,7 @@ def box_scores(maps: Sequence[Tensor]) -> Tensor:
 
 def image_logits(maps: Sequence[Tensor]) -> Tensor:
     """(B, 2) logits whose softmax is (1 - s, s) with s the highest score of a box."""
-    score_B = box_scores(maps).amax(1).clamp(FEWEST, 1 - FEWEST)
+    score_B = -(-box_scores(maps)).amin(1).clamp(-(1 - FEWEST), -FEWEST)    # see Representation
     return torch.stack([torch.log1p(-score_B), torch.log(score_B)], 1)
 
 

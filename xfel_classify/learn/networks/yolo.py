@@ -11,7 +11,7 @@ Axes: B image, H row, W column, A anchor, G cell.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +32,15 @@ WHOLE = (0.5, 0.5, 1.0, 1.0)
 class Network(nn.Module):
     """``representation`` as in :class:`..spi_representations.Representation`; ``size`` is the side
     in pixels of what the convolutions see; ``width`` scales the number of channels (1 =
-    published); ``box`` is where the object of a positive is said to be (cx, cy, w, h)."""
+    published); ``box`` is where the object of a positive is said to be (cx, cy, w, h).  ``region``
+    is the part of the image that is looked at (first row, first column, height, width), () = all:
+    a window about the beam holds more than the study's 123 x 240 pixels above the gap."""
 
     uses_geometry = False
 
     def __init__(self, head: str = "full", representation: str = "colour_linear",
-                 size: int = 416, width: float = 1.0, box: Sequence[float] = WHOLE) -> None:
+                 size: int = 416, width: float = 1.0, box: Sequence[float] = WHOLE,
+                 region: Sequence[int] = ()) -> None:
         super().__init__()
         if head not in HEADS:
             raise ConfigurationError(f"yolo was asked for head = {head!r}; valid are "
@@ -46,7 +49,7 @@ class Network(nn.Module):
         check_box("yolo", box)
         self.outputs = {"single": 2}
         self.box = tuple(float(value) for value in box)
-        self.representation = Representation(representation, size)
+        self.representation = Representation(representation, size, region)
         self.trunk = Darknet19(width)
         middle, last = self.trunk.channels
         wide, narrow = scaled(1024, width), scaled(64, width)
@@ -73,12 +76,23 @@ class Network(nn.Module):
 
     def loss(self, images_B1HW: Tensor, positive_B: Tensor) -> Tensor:
         """Detection loss of a batch, mean per image."""
-        return detection_loss(self.detections(images_B1HW), [self.get_buffer("anchors_A2")],
-                              positive_B, self.box, "v2")
+        return self.loss_of(named(self.detections(images_B1HW)), positive_B)
+
+    def loss_of(self, outputs: Mapping[str, Tensor], positive_B: Tensor) -> Tensor:
+        """As :meth:`loss`, of what :meth:`forward` answers while training."""
+        return detection_loss(list(outputs.values()), [self.get_buffer("anchors_A2")], positive_B,
+                              self.box, "v2")
 
     def forward(self, images_B1HW: Tensor) -> dict[str, Tensor]:
-        """{"single": logits (B, 2)}; softmax gives (1 - s, s), s the score of the best box."""
-        return {"single": image_logits(self.detections(images_B1HW))}
+        """{"single": logits (B, 2)}; softmax gives (1 - s, s), s the score of the best box.
+        While training the maps instead, {"map0": (B, A, 6, G, G)}."""
+        maps = self.detections(images_B1HW)
+        return named(maps) if self.training else {"single": image_logits(maps)}
+
+
+def named(maps: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Maps by names, as the answers of a network have them."""
+    return {f"map{number}": one for number, one in enumerate(maps)}
 
 
 def in_boxes(maps_BCGG: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Axes: B image, C channel, H row, W column, A anchor, G cell.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..spi_representations import Representation
 from ._darknet import Darknet53, check_width, convolution, scaled
 from ._yolo_boxes import NUMBERS, detection_loss, image_logits
-from .yolo import WHOLE, check_box, in_boxes, start
+from .yolo import WHOLE, check_box, in_boxes, named, start
 
 ANCHORS_PX = (((116, 90), (156, 198), (373, 326)), ((30, 61), (62, 45), (59, 119)),
               ((10, 13), (16, 30), (33, 23)))
@@ -42,19 +42,28 @@ class Scale(nn.Module):
         return kept, in_boxes(self.detect(self.final(kept)))
 
 
+def twice(values_BCHW: Tensor) -> Tensor:
+    """Every value four times, as a square: nearest-neighbour upsampling in operators that every
+    runtime has."""
+    count, channels, height, width = values_BCHW.shape
+    squares = values_BCHW[:, :, :, None, :, None].expand(count, channels, height, 2, width, 2)
+    return squares.reshape(count, channels, 2 * height, 2 * width)
+
+
 class Network(nn.Module):
     """Options as in :class:`.yolo.Network`; ``size`` is 608 in the study."""
 
     uses_geometry = False
 
     def __init__(self, representation: str = "colour_linear", size: int = 608,
-                 width: float = 1.0, box: Sequence[float] = WHOLE) -> None:
+                 width: float = 1.0, box: Sequence[float] = WHOLE,
+                 region: Sequence[int] = ()) -> None:
         super().__init__()
         check_width("yolo_v3", width, size)
         check_box("yolo_v3", box)
         self.outputs = {"single": 2}
         self.box = tuple(float(value) for value in box)
-        self.representation = Representation(representation, size)
+        self.representation = Representation(representation, size, region)
         self.trunk = Darknet53(width)
         scales, links = [], []
         above = 0
@@ -78,15 +87,21 @@ class Network(nn.Module):
             kept, one = scale(values)
             found.append(one)
             if number < len(self.links):
-                finer = nn.functional.interpolate(self.links[number](kept), scale_factor=2.0)
+                finer = twice(self.links[number](kept))
                 values = torch.cat([finer, trunk[-2 - number]], 1)
         return found
 
     def loss(self, images_B1HW: Tensor, positive_B: Tensor) -> Tensor:
         """Detection loss of a batch, mean per image."""
+        return self.loss_of(named(self.detections(images_B1HW)), positive_B)
+
+    def loss_of(self, outputs: Mapping[str, Tensor], positive_B: Tensor) -> Tensor:
+        """As :meth:`loss`, of what :meth:`forward` answers while training."""
         anchors = [self.get_buffer(f"anchors{i}_A2") for i in range(len(ANCHORS_PX))]
-        return detection_loss(self.detections(images_B1HW), anchors, positive_B, self.box, "v3")
+        return detection_loss(list(outputs.values()), anchors, positive_B, self.box, "v3")
 
     def forward(self, images_B1HW: Tensor) -> dict[str, Tensor]:
-        """{"single": logits (B, 2)}; softmax gives (1 - s, s), s the score of the best box."""
-        return {"single": image_logits(self.detections(images_B1HW))}
+        """{"single": logits (B, 2)}; softmax gives (1 - s, s), s the score of the best box.
+        While training the maps instead, {"map0": (B, A, 6, G, G), ...}, coarse to fine."""
+        maps = self.detections(images_B1HW)
+        return named(maps) if self.training else {"single": image_logits(maps)}

@@ -2,7 +2,8 @@
 
 A table is a list of trainings, each a change of a recipe, with the published figures beside it.
 Every training has a directory of its own below the output directory, so that a table can be
-interrupted, goes on where it stopped, and takes in rows and seeds that are added later.
+interrupted, goes on where it stopped, and takes in rows and seeds that are added later.  What is
+no list of trainings with figures is a :class:`Procedure`, which one function makes.
 """
 from __future__ import annotations
 
@@ -21,11 +22,12 @@ import tomli_w
 from ...core import ConfigurationError, UnknownComponent
 from ..training import Trained, train
 
-__all__ = ["Outcome", "Row", "Table", "reproduce", "studies", "tables_of"]
+__all__ = ["Outcome", "Procedure", "Row", "Table", "Work", "reproduce", "studies", "tables_of",
+           "train_row"]
 
 log = logging.getLogger(__name__)
 
-FIGURES = "figures.json"
+FIGURES, CHANGED = "figures.json", "changed.toml"
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,8 @@ class Table:
     """Rows whose ``figures`` are printed in percent, ours beside the published.
 
     ``recipes`` are the small and the full recipe; ``measure`` gives the figures of a finished
-    training.  ``draw`` makes a picture of the outcome, or is None.
+    training.  ``draw`` makes a picture of the outcome, or is None; ``shown`` words for it, instead
+    of the table.  Tables with the same ``group`` share the trainings of rows of the same name.
     """
 
     title: str
@@ -56,6 +59,33 @@ class Table:
     figures: Sequence[str]
     measure: Callable[[Trained, int], dict[str, float]]
     draw: Callable[[Outcome, Path], None] | None = None
+    shown: Callable[[Outcome], str] | None = None
+    group: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a :class:`Procedure` is asked to do: trainings of ``seeds`` from ``recipe`` below
+    ``out``, ``rows`` are parts of names ([] = all), ``weights`` a file of the user's or None."""
+
+    recipe: Path
+    out: Path
+    seeds: int
+    rows: Sequence[str]
+    threads: int
+    processes: int
+    device: str | None
+    report: Callable[[str], None]
+    weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class Procedure:
+    """A table that ``run`` makes and puts into words; ``recipes`` as in :class:`Table`."""
+
+    title: str
+    recipes: Mapping[str, Path]
+    run: Callable[[Work], str]
 
 
 @dataclass(frozen=True)
@@ -68,6 +98,8 @@ class Outcome:
     found: Mapping[str, Mapping[str, list[float]]]
 
     def __str__(self) -> str:
+        if self.table.shown:
+            return self.table.shown(self)
         header = ["row"] + [f"{name}, {who}" for name in self.table.figures
                             for who in ("published", "ours")] + ["parameters"]
         lines = [f"{self.table.title}; {self.size} recipe, seeds "
@@ -100,7 +132,7 @@ def studies() -> list[str]:
                   if not path.stem.startswith("_"))
 
 
-def tables_of(study: str) -> dict[str, Table]:
+def tables_of(study: str) -> dict[str, Table | Procedure]:
     """{name: table} of a study; ``UnknownComponent`` names those that exist."""
     if study not in studies():
         raise UnknownComponent(f"no study is called {study!r}; known: {', '.join(studies())}")
@@ -110,19 +142,27 @@ def tables_of(study: str) -> dict[str, Table]:
 def reproduce(study: str, table: str, out: str | Path, *, size: str = "small",
               seeds: int = 3, rows: Sequence[str] = (), recipe: str | Path | None = None,
               threads: int = 1, processes: int = 1, device: str | None = None,
-              report: Callable[[str], None] = log.info) -> Outcome:
+              weights: str | Path | None = None, report: Callable[[str], None] = log.info
+              ) -> Outcome | str:
     """Train every row of a table ``seeds`` times and collect its figures.
 
-    ``size`` names one of the table's recipes, ``recipe`` another file instead; ``rows`` are parts
-    of the names of the rows to do (default: all).  Everything is kept below ``out``.
+    ``table`` "" is the first of the study.  ``size`` names one of the table's recipes, ``recipe``
+    another file instead; ``rows`` are parts of the names of the rows to do (default: all).
+    ``weights`` is a file that a table may ask for.  Everything is kept below ``out``.
     """
     known = tables_of(study)
+    table = table or next(iter(known))
     if table not in known:
         raise ConfigurationError(f"{study} has no table {table!r}; it has {', '.join(known)}")
     chosen = known[table]
     if recipe is None and size not in chosen.recipes:
         raise ConfigurationError(f"table {table} of {study} has no size {size!r}; it has "
                                  f"{', '.join(chosen.recipes)}")
+    source = Path(recipe) if recipe else chosen.recipes[size]
+    word = size if recipe is None else source.stem
+    if isinstance(chosen, Procedure):
+        return chosen.run(Work(source, Path(out) / study / f"{table}_{word}", seeds, rows, threads,
+                               processes, device, report, Path(weights) if weights else None))
     wanted = [row for row in chosen.rows
               if not rows or any(part in row.name for part in rows)]
     if not wanted or seeds < 1:
@@ -130,13 +170,12 @@ def reproduce(study: str, table: str, out: str | Path, *, size: str = "small",
                                  f"{', '.join(rows)} and {seeds} seeds; rows are "
                                  f"{', '.join(row.name for row in chosen.rows)}; give at least "
                                  "one seed")
-    source = Path(recipe) if recipe else chosen.recipes[size]
     first = tomllib.loads(source.read_text(encoding="utf-8")).get("seed", 0)
     numbers = [first + number for number in range(seeds)]
     found: dict[str, dict[str, list[float]]] = {}
     for row in wanted:
         for number in numbers:
-            place = Path(out) / study / f"{table}_{size if recipe is None else source.stem}" / \
+            place = Path(out) / study / f"{chosen.group or table}_{word}" / \
                 file_name(row.name) / f"seed{number}"
             figures = _one(source, row, number, place, chosen, threads, processes, device, report)
             for name, value in figures.items():
@@ -152,17 +191,11 @@ def reproduce(study: str, table: str, out: str | Path, *, size: str = "small",
 def _one(source: Path, row: Row, seed: int, place: Path, table: Table, threads: int,
          processes: int, device: str | None, report: Callable[[str], None]) -> dict[str, float]:
     """Figures of one training; trained first where that is not finished."""
-    place.mkdir(parents=True, exist_ok=True)
-    text = tomli_w.dumps(changed(tomllib.loads(source.read_text(encoding="utf-8")), row, seed))
     kept = place / FIGURES
-    changed_recipe = place / "changed.toml"
-    if not changed_recipe.exists() or changed_recipe.read_text(encoding="utf-8") != text:
-        changed_recipe.write_text(text, encoding="utf-8")
-        kept.unlink(missing_ok=True)
+    _prepare(source, row, seed, place)
     if not kept.exists():
-        report(f"training {row.name}, seed {seed}")
-        trained = train(changed_recipe, place / "training", threads=threads, processes=processes,
-                        device=device, report=report)
+        trained = train_row(source, row, seed, place, threads=threads, processes=processes,
+                            device=device, report=report)
         figures = {**table.measure(trained, processes),
                    "parameters": float(sum(p.numel() for p in trained.network.parameters()))}
         unfinished = kept.with_suffix(".tmp")
@@ -171,11 +204,37 @@ def _one(source: Path, row: Row, seed: int, place: Path, table: Table, threads: 
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
+def train_row(source: Path, row: Row, seed: int, place: Path, *, threads: int = 1,
+              processes: int = 1, device: str | None = None,
+              report: Callable[[str], None] = log.info) -> Trained:
+    """The training of a row in ``place``, finished.
+
+    A row that changes nothing is trained from a copy of the recipe, comments and all, so that its
+    training can be exported as that recipe's.
+    """
+    _prepare(source, row, seed, place)
+    report(f"training {row.name}, seed {seed}")
+    return train(place / CHANGED, place / "training", threads=threads, processes=processes,
+                 device=device, report=report)
+
+
+def _prepare(source: Path, row: Row, seed: int, place: Path) -> None:
+    """Write the row's recipe; figures of another one are removed."""
+    place.mkdir(parents=True, exist_ok=True)
+    text = source.read_text(encoding="utf-8")
+    tables = tomllib.loads(text)
+    wanted = changed(tables, row, seed)
+    kept = place / CHANGED
+    if not kept.exists() or tomllib.loads(kept.read_text(encoding="utf-8")) != wanted:
+        kept.write_text(text if wanted == tables else tomli_w.dumps(wanted), encoding="utf-8")
+        (place / FIGURES).unlink(missing_ok=True)
+
+
 def changed(tables: dict[str, Any], row: Row, seed: int) -> dict[str, Any]:
     """A recipe's tables with those of a row laid over, and another seed."""
     made = _laid_over(tables, {**row.changes, "seed": seed})
-    for task in made.get("tasks", []):
-        task.update(row.tasks.get(task["name"], {}))
+    if "tasks" in made:
+        made["tasks"] = [{**task, **row.tasks.get(task["name"], {})} for task in made["tasks"]]
     return made
 
 
