@@ -147,6 +147,10 @@ def test_peak_options_become_analyses():
 
     assert [a["use"] for a in analyses()] == ["classify", "peakfinder8", "statistics"]
     assert analyses("--peaks-on", "hits")[1]["only"] == "hit/label"
+    good = analyses("--model", "spi", "--peaks-on", "hits")     # single particles: good or bad
+    assert good[1]["only"] == good[2]["hits"] == "quality/label"
+    both = analyses("--model", "spi", "--model", "sfx-hit", "--peaks-on", "hits")
+    assert both[2]["only"] == "hit/label"
     assert [a["use"] for a in analyses("--peaks", "none", "--model", "none")] == ["statistics"]
     twice = analyses("--model", "sfx-hit", "--model", "sfx-hit")[:2]
     assert [a["model"] for a in twice] == ["sfx-hit", "sfx-hit"]

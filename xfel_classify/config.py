@@ -59,7 +59,7 @@ class LoopConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     # the calibration it was trained with
     common_mode: list[Literal["rows", "columns", "banks"]] = []
     mask_saturated: bool = False    # saturated pixels count as masked
-    hits: str = "auto"              # column that selects hits; auto = the model's, else the peaks'
+    hits: str = "auto"              # column that selects hits; auto = a model's, else the peaks'
 
 
 class RunConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

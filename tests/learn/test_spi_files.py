@@ -5,6 +5,7 @@ import h5py
 import numpy as np
 import pytest
 
+from xfel_classify import cli
 from xfel_classify.core import ConfigurationError
 from xfel_classify.learn.spi_files import read_labelled
 from xfel_classify.simulate.spi_sets import write_spi_set
@@ -65,3 +66,15 @@ def test_the_second_simulators_file_is_understood():
     assert images.shape == (120, 128, 128)
     assert np.bincount(labels["count"].astype(int)).tolist() == [30] * 4
     assert set(labels["particle"]) == {1.0, 7.0}        # 1ss8 and 6xs6
+
+
+@pytest.mark.torch
+def test_a_model_is_judged_on_a_file_by_command(tmp_path, capsys):
+    pytest.importorskip("torch")
+    path = write_spi_set(tmp_path / "set.h5", "jitter:particles=1ijg,counts=3+1", 3, 8)
+    assert cli.main(["evaluate", "spi-multi-robust", "--labelled", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert "stand-ins: 1ijg: connector" in said and "| set.h5 | 8 |" in said
+    small = skopi_like(tmp_path / "small.h5")
+    assert cli.main(["evaluate", "spi-multi-robust", "--labelled", str(small)]) != 0
+    assert "8 x 8 pixels" in capsys.readouterr().err

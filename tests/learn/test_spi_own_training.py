@@ -171,7 +171,7 @@ SOURCE = ["--detector", "assembled", "--set", "source.pixel_size_m=75e-6", "--se
 def test_a_run_gets_all_answers_and_good_ones_are_selected(model, tmp_path):
     run, _, _ = write_run(tmp_path, 12)
     assert cli.main(["run", str(run), "--model", str(model.directory), "--peaks", "none",
-                     "-o", str(tmp_path / "out"), *SOURCE, "--set", "loop.hits=quality/label"]) == 0
+                     "-o", str(tmp_path / "out"), *SOURCE]) == 0
     with h5py.File(tmp_path / "out" / "mine_r0007.h5") as file:
         assert {"count", "particle", "quality", "size_nm"} <= set(file)
         good = file["quality/label"][:] == 1

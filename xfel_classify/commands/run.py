@@ -10,7 +10,7 @@ from typing import Any
 from ..config import apply_setting, build, dumps, load, resolve
 from ..core import ConfigurationError
 from ..pipeline import schedule
-from ..pipeline.run import RunSummary, classify_run
+from ..pipeline.run import HIT_COLUMNS, RunSummary, classify_run
 
 log = logging.getLogger(__name__)
 
@@ -105,8 +105,9 @@ def _add_analyses(tables: dict[str, Any], args: argparse.Namespace) -> None:
         for analysis in analyses:
             if analysis.get("use") == "classify":
                 analysis["backend"] = args.backend
-    finds_hits = any(_answers_hit(str(a.get("model", "sfx-hit"))) for a in analyses
-                     if a.get("use") == "classify")
+    told = [column for a in analyses if a.get("use") == "classify"
+            for column in _hit_columns(str(a.get("model", "sfx-hit")))]
+    model_column = min(told, key=HIT_COLUMNS.index, default="")
     if args.peaks is not None or given is None:
         analyses = [a for a in analyses if "peak" not in a.get("use", "") and
                     not a.get("use", "").startswith("psana")]
@@ -116,21 +117,23 @@ def _add_analyses(tables: dict[str, Any], args: argparse.Namespace) -> None:
         if args.peaks_on is not None and analysis["use"] not in ("classify", "statistics"):
             analysis.pop("only", None)
             if args.peaks_on == "hits":
-                if not finds_hits:
+                if not model_column:
                     raise ConfigurationError("--peaks-on hits needs a model that says what a hit "
                                              "is; name one with --model")
-                analysis["only"] = "hit/label"
+                analysis["only"] = model_column
     if given is None:
-        hits = "hit/label" if finds_hits else "peaks/hit" if args.peaks != "none" else ""
+        hits = model_column or ("peaks/hit" if args.peaks != "none" else "")
         analyses = [a for a in analyses if a["use"] != "statistics"]
         analyses.append({"use": "statistics", "hits": hits})
     tables["analyses"] = analyses
 
 
-def _answers_hit(model: str) -> bool:
+def _hit_columns(model: str) -> list[str]:
+    """Those of a model's columns that can say what a hit is."""
     from ..engines import find_model
 
-    return any(task.name == "hit" for task in find_model(model).card.tasks)
+    return [column for column in HIT_COLUMNS for task in find_model(model).card.tasks
+            if column == f"{task.name}/label"]
 
 
 def execute(args: argparse.Namespace) -> int:

@@ -253,12 +253,17 @@ def _signals(world: World) -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+HIT_COLUMNS = ("hit/label", "quality/label", "peaks/hit")
+"""What says which events are hits, the best first: a hit model, a model that tells good single
+particles, a peak finder."""
+
+
 def hit_column(analyses: Sequence[Analysis], config: RunConfig) -> str | None:
-    """The column that says what a hit is: the model's where there is one, else the peaks'."""
+    """The column that says what a hit is; None where no analysis does."""
     columns = [name for analysis in analyses for name in analysis.columns]
     if config.loop.hits != "auto":
         return config.loop.hits
-    return next((name for name in ("hit/label", "peaks/hit") if name in columns), None)
+    return next((name for name in HIT_COLUMNS if name in columns), None)
 
 
 def _prepare(directory: Path, parts: Path, manifest: Manifest,

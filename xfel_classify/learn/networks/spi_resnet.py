@@ -22,7 +22,8 @@ class Network(nn.Module):
     """``heads``, ``scaling``, ``autocorrelation`` and ``size`` as in :mod:`.spi_multi`; ``depth``
     is 10, 18 or 34 and ``width`` the number of channels of the first stage (64 in the study).
 
-    Narrow and shallow (10, 16) with the autocorrelation is ours, for fluence that varies.
+    Other depths and widths and the autocorrelation are ours; for fluence that varies,
+    :mod:`.spi_fringes` is better.
     """
 
     uses_geometry = False
