@@ -57,7 +57,15 @@ def test_another_seed_is_another_run():
         assert summary(one.frames(whole(one))) != summary(two.frames(whole(two)))
 
 
-@pytest.mark.parametrize("wrong", [{"events": -1}, {"preset": "nice"}, {"hit_fraction": 2.0}])
+def test_a_preset_may_be_changed():
+    with source(events=4, preset="demo:air_photons=40") as bright, source(events=4) as plain:
+        means = [np.mean([frame.raw_PSF.astype(float).mean() for frame in
+                          opened.frames(whole(opened))]) for opened in (bright, plain)]
+    assert means[0] > means[1]
+
+
+@pytest.mark.parametrize("wrong", [{"events": -1}, {"preset": "nice"}, {"hit_fraction": 2.0},
+                                   {"preset": "demo:nothing=1"}])
 def test_wrong_options_are_refused(wrong):
     with pytest.raises(ConfigurationError):
         source(**wrong)

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 import msgspec
 
 from ..core import Column, ConfigurationError, Constants, EventStatus, Frame, RunInfo, Shard
-from ..simulate.conditions import PRESETS, draw_conditions
+from ..simulate.conditions import draw_conditions
 from ..simulate.raw_runs import JungfrauRun, RawEvent
 from .run_constants import FrameKind, Stated, run_constants, scalar_columns
 
@@ -29,7 +29,7 @@ class Source:
         exp: str = "simulated"
         detector: str = "jungfrau"
         segments: int = 1                   # modules: 1, 2, 8 or 32
-        preset: str = "demo"                # conditions: demo, training, shifted
+        preset: str = "demo"                # conditions, as of simulate sfx; changes after a colon
         hit_fraction: float | None = None
         rate_Hz: float = 120.0              # of the timestamps
         damaged: list[int] = []             # events flagged damaged
@@ -46,9 +46,10 @@ class Source:
         self.config = config
         if config.events < 0:
             raise ConfigurationError(f"source.events = {config.events} is negative")
-        if config.preset not in PRESETS:
-            raise ConfigurationError(f"source.preset = {config.preset!r} is not known; presets "
-                                     f"are {', '.join(PRESETS)}")
+        try:
+            draw_conditions(config.seed, config.run, config.preset)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"source.preset = {config.preset!r}: {error}") from error
         if config.hit_fraction is not None and not 0 <= config.hit_fraction <= 1:
             raise ConfigurationError(f"source.hit_fraction = {config.hit_fraction} is not between "
                                      "0 and 1")
