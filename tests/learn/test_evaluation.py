@@ -66,3 +66,11 @@ def test_one_missed_hit_of_a_small_run_does_not_decide_alone():
     assert 0.3 < threshold < 0.7
     strict, _ = choose_threshold(scores, labels, runs, pseudo_events=0)
     assert strict < 0.12
+
+
+def test_thresholds_that_cannot_be_told_apart_give_the_middle():
+    """One hit of thousands that lies low does not pull the threshold down to the misses."""
+    scores = np.concatenate([np.full(5000, 0.01), np.full(4999, 0.95), [0.03]])
+    labels = np.concatenate([np.zeros(5000), np.ones(5000)]).astype(int)
+    threshold, margin = choose_threshold(scores, labels, np.zeros(10_000, int))
+    assert 0.1 < threshold < 0.5 and margin == pytest.approx(1.0)

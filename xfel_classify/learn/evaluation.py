@@ -135,6 +135,10 @@ def score_run(name: str, scores_N: np.ndarray, labels_N: np.ndarray,
                     int((called_N & ~truth_N).sum()), int((~called_N & ~truth_N).sum()))
 
 
+AS_GOOD = 0.1
+"""Of the error that a target allows: thresholds are not told apart by less."""
+
+
 def choose_threshold(scores_N: np.ndarray, labels_N: np.ndarray, runs_N: np.ndarray,
                      sensitivity: float = 0.98, specificity: float = 0.97,
                      pseudo_events: float = 1000.0) -> tuple[float, float]:
@@ -143,8 +147,9 @@ def choose_threshold(scores_N: np.ndarray, labels_N: np.ndarray, runs_N: np.ndar
     The margin of a run is the smaller of Sen - ``sensitivity`` and Spe - ``specificity``, each
     divided by the error that the target allows (1 - target), so that 1 is perfection.  A run's
     share is taken together with ``pseudo_events`` that do as all runs do: of a run with thirty
-    hits a single one says little about the run.  Of equally good thresholds the middle one (in
-    log-odds) is taken.
+    hits a single one says little about the run.  Margins within :data:`AS_GOOD` of the best are as
+    good, which is what the validation runs can tell; the middle one (in log-odds) of the thresholds
+    that reach them is taken, far from where either kind of event begins to be lost.
     """
     odds = np.linspace(-6.0, 6.0, 481)
     all_logits_N = _log_odds(np.asarray(scores_N, np.float64))
@@ -165,7 +170,7 @@ def choose_threshold(scores_N: np.ndarray, labels_N: np.ndarray, runs_N: np.ndar
                      ) / (len(values) + pseudo_events)
             reached = share if below else 1 - share
             margins = np.minimum(margins, (reached - target) / (1 - target))
-    best = np.nonzero(margins >= margins.max() - 1e-12)[0]
+    best = np.nonzero(margins >= margins.max() - AS_GOOD)[0]
     middle = float(odds[best[len(best) // 2]])
     return round(float(1 / (1 + np.exp(-middle))), 4), float(margins.max())
 

@@ -32,7 +32,7 @@ __all__ = ["PAPER_SEED", "evaluate_paper_runs", "paper_conditions", "paper_table
 
 log = logging.getLogger(__name__)
 
-PAPER_SEED = 9198
+PAPER_SEED = 9298
 """Of the ten runs; no recipe's."""
 
 GROUPS = (("90-93", range(90, 94)), ("94-96", range(94, 97)), ("98-100", range(98, 101)))

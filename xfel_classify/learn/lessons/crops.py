@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ...engines import Model
 from ..datasets import ImageSet, augment, open_runs
-from ..evaluation import Evaluation, choose_threshold, evaluate_recipe
+from ..evaluation import AS_GOOD, Evaluation, choose_threshold, evaluate_recipe
 from ..networks import build_network
 from ..recipes import Recipe, optimiser_words, runs_of
 from ..training import Trained
@@ -91,9 +91,10 @@ class Lesson:
                                              target.sensitivity, target.specificity)
         task = msgspec.structs.replace(
             recipe.task, threshold=threshold,
-            threshold_chosen=f"on the validation runs: largest worst-run margin over sensitivity "
-                             f"{target.sensitivity} and specificity {target.specificity} (margin "
-                             f"{margin:.2f} of the allowed error)")
+            threshold_chosen="on the validation runs: the middle of those whose worst-run margin "
+                             f"over sensitivity {target.sensitivity} and specificity "
+                             f"{target.specificity} is within {AS_GOOD} of the largest "
+                             f"({margin:.2f} of the allowed error)")
         best = max(trained.history, key=lambda row: row["balanced_accuracy"])
         images = self._keep(ImageSet(open_runs(runs_of(recipe, "validation"), verify=False),
                                      recipe.window))
